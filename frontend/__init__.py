@@ -1,0 +1,1 @@
+"""Importers: each file reads one source of models and returns a Model."""

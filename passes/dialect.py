@@ -1,0 +1,157 @@
+"""The encoder dialect: the Relax ops that frontends emit and passes speak.
+
+Layouts (every value's type says which one it has):
+
+* *tiles*: float32 ``(tiles, channels, 16)``. The tokens of all requests of a batch stand one after the other with no
+  padding between them; 16 consecutive tokens are one tile, and the last tile is filled up. Tokens are the vector lanes.
+* *quads*: uint8 or int8 ``(tiles, channels / 4, 16, 4)``: what one VNNI instruction multiplies, 16 tokens × 4 channels.
+* *segments*: int32 ``(groups, 16, 2)``: first token and length of each request; unused entries have length 0. A value
+  with one column per request has the tiles layout too, ``(groups, channels, 16)``.
+
+Weights are ``(out_features, in_features)``, float32, or ``quantized_weight`` where the source file had integers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias, get_args
+
+import tvm
+from tvm import relax
+from tvm.ir import Op
+from tvm.ir import _ffi_api as ir_ffi
+
+TILE = 16
+"""Tokens in a tile."""
+
+Activation: TypeAlias = Literal["none", "gelu", "gelu_tanh", "relu", "tanh"]
+Pooling: TypeAlias = Literal["mean", "cls", "max"]
+
+PREFIX = "relax.whet."
+
+
+def _register(name: str, arguments: int, infer: Any) -> Op:
+    full = PREFIX + name
+    if full not in Op.list_op_names():
+        ir_ffi.RegisterOp(full, f"Whet's {name}; see whet.passes.dialect")
+    op = Op.get(full)
+    op.set_num_inputs(arguments)
+    tvm.ir.register_op_attr(full, "FInferType", infer)
+    tvm.ir.register_op_attr(full, "FPurity", True)
+    return op
+
+
+def _call(op: Op, args: list[relax.Expr], **attrs: Any) -> relax.Call:
+    return relax.Call(op, args, tvm.ir.make_node("ir.DictAttrs", **attrs) if attrs else None)
+
+
+def shape_of(value: relax.Expr) -> list[Any]:
+    """Dimensions of a tensor value: Python ints where they are known, TIR expressions elsewhere."""
+    return [int(d) if isinstance(d, tvm.tirx.IntImm) else d for d in value.ty.shape]
+
+
+def _tiles(first: Any, channels: Any) -> relax.TensorType:
+    return relax.TensorType((first, channels, TILE), "float32")
+
+
+def _infer_embed(call: relax.Call, _: Any) -> relax.TensorType:
+    return _tiles(shape_of(call.args[0])[0], shape_of(call.args[3])[1])
+
+
+def _infer_dense(call: relax.Call, _: Any) -> relax.TensorType:
+    x, weight = shape_of(call.args[0]), shape_of(call.args[1])
+    if isinstance(x[1], int) and isinstance(weight[1], int) and x[1] != weight[1]:
+        raise ValueError(f"dense: the input has {x[1]} channels, the weight takes {weight[1]}")
+    return _tiles(x[0], weight[0])
+
+
+def _infer_same(call: relax.Call, _: Any) -> relax.TensorType:
+    return call.args[0].ty
+
+
+def _infer_pool(call: relax.Call, _: Any) -> relax.TensorType:
+    return _tiles(shape_of(call.args[1])[0], shape_of(call.args[0])[1])
+
+
+def _infer_quantized_weight(call: relax.Call, _: Any) -> relax.TensorType:
+    return relax.TensorType(call.args[0].ty.shape, "float32")
+
+
+EMBED = _register("embed", 8, _infer_embed)
+DENSE = _register("dense", 3, _infer_dense)
+LAYER_NORM = _register("layer_norm", 3, _infer_same)
+ATTENTION = _register("attention", 4, _infer_same)
+ACTIVATE = _register("activate", 1, _infer_same)
+ADD = _register("add", 2, _infer_same)
+POOL = _register("pool", 2, _infer_pool)
+NORMALIZE = _register("normalize", 1, _infer_same)
+QUANTIZED_WEIGHT = _register("quantized_weight", 2, _infer_quantized_weight)
+
+
+def embed(
+    ids: relax.Expr,
+    positions: relax.Expr,
+    token_types: relax.Expr,
+    word: relax.Expr,
+    position: relax.Expr,
+    token_type: relax.Expr,
+    gamma: relax.Expr,
+    beta: relax.Expr,
+    *,
+    eps: float,
+) -> relax.Call:
+    """Sum of three table rows per token, then layer norm.
+
+    ``ids``, ``positions``, ``token_types`` are int32 ``(tiles, 16)``; the tables are float32 ``(rows, channels)``. A
+    model without token types gives a table of one zero row. Returns tiles.
+    """
+    return _call(EMBED, [ids, positions, token_types, word, position, token_type, gamma, beta], eps=eps)
+
+
+def dense(x: relax.Expr, weight: relax.Expr, bias: relax.Expr, *, activation: Activation = "none") -> relax.Call:
+    """``activation(weight · x + bias)`` per token: tiles ``(t, K, 16)``, ``(N, K)``, ``(N,)`` to tiles ``(t, N, 16)``."""
+    _check("activation", activation, Activation)
+    return _call(DENSE, [x, weight, bias], activation=activation)
+
+
+def layer_norm(x: relax.Expr, gamma: relax.Expr, beta: relax.Expr, *, eps: float) -> relax.Call:
+    """Layer norm over the channels of each token; tiles to tiles."""
+    return _call(LAYER_NORM, [x, gamma, beta], eps=eps)
+
+
+def attention(
+    q: relax.Expr, k: relax.Expr, v: relax.Expr, segments: relax.Expr, *, heads: int, scale: float
+) -> relax.Call:
+    """``softmax(scale · Q·Kᵀ)·V`` per head within each segment; tiles to tiles, channels = heads × head size."""
+    return _call(ATTENTION, [q, k, v, segments], heads=heads, scale=scale)
+
+
+def activate(x: relax.Expr, *, kind: Activation) -> relax.Call:
+    """Element-wise activation; tiles to tiles."""
+    _check("kind", kind, Activation)
+    return _call(ACTIVATE, [x], kind=kind)
+
+
+def add(x: relax.Expr, y: relax.Expr) -> relax.Call:
+    """Element-wise sum of two tiles values."""
+    return _call(ADD, [x, y])
+
+
+def pool(x: relax.Expr, segments: relax.Expr, *, mode: Pooling) -> relax.Call:
+    """One column per request: tiles ``(t, C, 16)`` and segments ``(g, 16, 2)`` to ``(g, C, 16)``; empty segments give 0."""
+    _check("mode", mode, Pooling)
+    return _call(POOL, [x, segments], mode=mode)
+
+
+def normalize(x: relax.Expr) -> relax.Call:
+    """Divide each column by its Euclidean norm (at least 1e-12); tiles to tiles."""
+    return _call(NORMALIZE, [x])
+
+
+def quantized_weight(values: relax.Expr, scale: relax.Expr) -> relax.Call:
+    """int8 ``(rows, columns)`` times float32 ``(rows,)``: a weight that was integer in the source and stays exact."""
+    return _call(QUANTIZED_WEIGHT, [values, scale])
+
+
+def _check(name: str, value: str, allowed: Any) -> None:
+    if value not in get_args(allowed):
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(allowed))}")

@@ -1,0 +1,173 @@
+"""The instruction sets that kernels are generated for, and the vector helpers that hide their differences.
+
+A tile of 16 tokens is one vector of 16 lanes on 512-bit instruction sets and two vectors of 8 lanes on 256-bit ones;
+kernels ask ``Isa.lanes``. All helpers that return values build TIR vector expressions; they work in ``T.prim_func``
+and with the IR builder. Every instruction set computes the same integers, and the same floats where a helper is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tvm
+from tvm.script.ir_builder import tirx as T
+
+TILE = 16
+"""Tokens in a tile (see whet.passes.dialect)."""
+
+_V3_FLAGS = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave")
+_V4_FLAGS = (*_V3_FLAGS, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One instruction set: what LLVM may emit for it and what a CPU must have to run that."""
+
+    name: str
+    lanes: int
+    """32-bit lanes of a vector, 8 or 16."""
+    registers: int
+    """Vector registers of that width."""
+    dot: Literal["vnni512", "vnni256", "madd"]
+    """How ``dot4`` multiplies: EVEX or VEX vpdpbusd, or vpmaddwd on 16-bit halves."""
+    mcpu: str
+    mattr: tuple[str, ...]
+    cpu_flags: tuple[str, ...] = field(repr=False)
+    """Flags, named as in /proc/cpuinfo, that a CPU needs to run code compiled for ``target``."""
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """The TVM target as a configuration, so that it can be printed and stored."""
+        return {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": self.mcpu, "mattr": list(self.mattr)}
+
+    @property
+    def parts(self) -> int:
+        """Vectors in a tile of 16 tokens."""
+        return TILE // self.lanes
+
+    def dot4(self, acc: Any, x: Any, w: Any) -> Any:
+        """``acc + Σ x[i]·w[i]`` per lane over the 4 bytes of a lane, exact in int32.
+
+        ``acc``, ``x`` and ``w`` are int32 vectors of ``lanes`` lanes; the bytes of ``x`` are unsigned, those of ``w``
+        signed. On AVX2 this is two vpmaddwd on the even and odd bytes widened to 16 bits: vpmaddubsw, the obvious
+        choice, saturates. LLVM shares the widening between calls with the same operand.
+        """
+        lanes = self.lanes
+        if self.dot != "madd":
+            name = f"llvm.x86.avx512.vpdpbusd.{lanes * 32}"
+            byte = f"int8x{4 * lanes}"
+            return T.call_llvm_pure_intrin(f"int32x{lanes}", name, acc, T.reinterpret(byte, x), T.reinterpret(byte, w))
+        half = f"int16x{2 * lanes}"
+
+        def madd(a: Any, b: Any) -> Any:
+            return T.call_llvm_pure_intrin(f"int32x{lanes}", "llvm.x86.avx2.pmadd.wd", a, b)
+
+        eight = T.broadcast(T.int16(8), 2 * lanes)
+        x_even = T.reinterpret(half, x & T.broadcast(T.int32(0x00FF00FF), lanes))
+        x_odd = T.reinterpret(
+            half, T.shift_right(T.reinterpret(f"uint16x{2 * lanes}", x), T.cast(eight, f"uint16x{2 * lanes}"))
+        )
+        w_even = T.shift_right(T.shift_left(T.reinterpret(half, w), eight), eight)
+        w_odd = T.shift_right(T.reinterpret(half, w), eight)
+        return acc + (madd(x_even, w_even) + madd(x_odd, w_odd))
+
+    def register(self, dtype: Literal["float32", "int32"]) -> Any:
+        """Allocate one vector variable, read and written as ``r[0]``, which LLVM keeps in a register.
+
+        Scope "global" on purpose: TVM turns it into a stack slot, but scope "local" into a heap allocation.
+        """
+        return T.alloc_buffer((1,), f"{dtype}x{self.lanes}")
+
+
+ISAS: dict[str, Isa] = {
+    isa.name: isa
+    for isa in (
+        Isa(
+            "amx_int8",
+            16,
+            32,
+            "vnni512",
+            "x86-64-v4",
+            ("+avx512vnni", "+amx-tile", "+amx-int8"),
+            (*_V4_FLAGS, "avx512_vnni", "amx_tile", "amx_int8"),
+        ),
+        Isa("avx512_vnni", 16, 32, "vnni512", "x86-64-v4", ("+avx512vnni",), (*_V4_FLAGS, "avx512_vnni")),
+        Isa("avx_vnni", 8, 16, "vnni256", "x86-64-v3", ("+avxvnni",), (*_V3_FLAGS, "avx_vnni")),
+        Isa("avx2", 8, 16, "madd", "x86-64-v3", (), _V3_FLAGS),
+    )
+}
+"""Every instruction set by name, the fastest first."""
+
+
+def isa(name: str) -> Isa:
+    """Return the instruction set of that name; ValueError if there is none."""
+    if name not in ISAS:
+        raise ValueError(f"isa is {name!r}; expected one of {', '.join(ISAS)}")
+    return ISAS[name]
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return the flags of this machine's CPU, from /proc/cpuinfo."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    raise ValueError("/proc/cpuinfo has no line of flags; name the instruction set instead of asking for the host's")
+
+
+def host_isa() -> Isa:
+    """Return the fastest instruction set that this machine's CPU has; ValueError if it lacks even AVX2."""
+    flags = cpu_flags()
+    for candidate in ISAS.values():
+        if flags.issuperset(candidate.cpu_flags):
+            return candidate
+    missing = ", ".join(f for f in ISAS["avx2"].cpu_flags if f not in flags)
+    raise ValueError(f"this CPU lacks {missing}; Whet needs at least AVX2")
+
+
+def compile_for(func: Any, target: Isa) -> Any:
+    """Compile one kernel; returns the callable module."""
+    return tvm.compile(func, target=tvm.target.Target(target.target))
+
+
+def view(buffer: Any, shape: Sequence[Any], dtype: str) -> Any:
+    """Show the same memory with another shape and element type, e.g. quads as int32 ``(tiles · K/4, 16)``."""
+    return T.decl_buffer(shape, dtype, data=buffer.data)
+
+
+def fma(a: Any, b: Any, c: Any) -> Any:
+    """``a·b + c`` rounded once, on every instruction set."""
+    return T.call_llvm_pure_intrin(a.ty.dtype, "llvm.fma", a, b, c)
+
+
+def splat(value: Any, lanes: int, dtype: str = "float32") -> Any:
+    """Broadcast a value to every lane; Python numbers become ``dtype``."""
+    if isinstance(value, int | float):
+        value = tvm.tirx.const(value, dtype)
+    return T.broadcast(value, lanes)
+
+
+def clamp(x: Any, low: float, high: float, lanes: int) -> Any:
+    """``min(max(x, low), high)`` of a float32 vector; a NaN becomes ``low``."""
+    return T.min(T.max(x, splat(float(low), lanes)), splat(float(high), lanes))
+
+
+def round_int(x: Any, lanes: int) -> Any:
+    """Float32 vector to int32, to nearest, halves to even (vcvtps2dq); ``x`` must fit int32."""
+    return T.call_llvm_pure_intrin(f"int32x{lanes}", "llvm.lrint", x)
+
+
+def quantize(y: Any, inv_scale: Any, zero: Any, lanes: int) -> Any:
+    """``clamp(round_half_even(y · inv_scale + zero), 0, 255)`` as an int32 vector; arguments are float32 vectors."""
+    return round_int(clamp(fma(y, inv_scale, zero), 0, 255, lanes), lanes)
+
+
+def pack4(rows: Sequence[Any], lanes: int) -> Any:
+    """Pack four int32 vectors, each lane in 0…255, into the bytes of one, the first in the low byte."""
+
+    def shifted(row: Any, bits: int) -> Any:
+        return T.shift_left(row, splat(bits, lanes, "int32"))
+
+    return (shifted(rows[3], 24) | shifted(rows[2], 16)) | (shifted(rows[1], 8) | rows[0])

@@ -68,6 +68,15 @@ def _infer_same(call: relax.Call, _: Any) -> relax.TensorType:
     return call.args[0].ty
 
 
+def _infer_self_attention(call: relax.Call, _: Any) -> relax.TensorType:
+    first, channels, _lanes = shape_of(call.args[0])
+    return _tiles(first, channels // 3)
+
+
+def _infer_stack(call: relax.Call, _: Any) -> relax.TensorType:
+    return _tiles(shape_of(call.args[0])[0], sum(shape_of(a)[1] for a in call.args))
+
+
 def _infer_pool(call: relax.Call, _: Any) -> relax.TensorType:
     return _tiles(shape_of(call.args[1])[0], shape_of(call.args[0])[1])
 
@@ -77,9 +86,11 @@ def _infer_quantized_weight(call: relax.Call, _: Any) -> relax.TensorType:
 
 
 EMBED = _register("embed", 8, _infer_embed)
-DENSE = _register("dense", 3, _infer_dense)
+DENSE = _register("dense", -1, _infer_dense)
 LAYER_NORM = _register("layer_norm", 3, _infer_same)
 ATTENTION = _register("attention", 4, _infer_same)
+SELF_ATTENTION = _register("self_attention", 2, _infer_self_attention)
+STACK = _register("stack", -1, _infer_stack)
 ACTIVATE = _register("activate", 1, _infer_same)
 ADD = _register("add", 2, _infer_same)
 POOL = _register("pool", 2, _infer_pool)
@@ -107,10 +118,23 @@ def embed(
     return _call(EMBED, [ids, positions, token_types, word, position, token_type, gamma, beta], eps=eps)
 
 
-def dense(x: relax.Expr, weight: relax.Expr, bias: relax.Expr, *, activation: Activation = "none") -> relax.Call:
-    """``activation(weight · x + bias)`` per token: tiles ``(t, K, 16)``, ``(N, K)``, ``(N,)`` to tiles ``(t, N, 16)``."""
+def dense(
+    x: relax.Expr,
+    weight: relax.Expr,
+    bias: relax.Expr,
+    residual: relax.Expr | None = None,
+    *,
+    activation: Activation = "none",
+    **quantisation: float | bool | int,
+) -> relax.Call:
+    """``activation(weight · x + bias) + residual`` per token.
+
+    Tiles ``(t, K, 16)``, weight ``(N, K)``, bias ``(N,)``, and optionally tiles ``(t, N, 16)``, to tiles ``(t, N, 16)``.
+    ``quantise`` adds the attributes ``x_scale``, ``x_zero`` or ``per_token``; ``choose_kernels`` adds ``block_rows``.
+    """
     _check("activation", activation, Activation)
-    return _call(DENSE, [x, weight, bias], activation=activation)
+    args = [x, weight, bias] if residual is None else [x, weight, bias, residual]
+    return _call(DENSE, args, activation=activation, **quantisation)
 
 
 def layer_norm(x: relax.Expr, gamma: relax.Expr, beta: relax.Expr, *, eps: float) -> relax.Call:
@@ -123,6 +147,21 @@ def attention(
 ) -> relax.Call:
     """``softmax(scale · Q·Kᵀ)·V`` per head within each segment; tiles to tiles, channels = heads × head size."""
     return _call(ATTENTION, [q, k, v, segments], heads=heads, scale=scale)
+
+
+def self_attention(
+    qkv: relax.Expr, segments: relax.Expr, *, heads: int, scale: float, **quantisation: float
+) -> relax.Call:
+    """Attention whose Q, K and V stand one after the other in one value: tiles ``(t, 3·C, 16)`` to ``(t, C, 16)``.
+
+    ``quantise`` adds the attributes ``q_scale``, ``k_scale`` and ``v_scale``.
+    """
+    return _call(SELF_ATTENTION, [qkv, segments], heads=heads, scale=scale, **quantisation)
+
+
+def stack(*values: relax.Expr) -> relax.Call:
+    """Values with the same tokens, one after the other along the channels."""
+    return _call(STACK, list(values))
 
 
 def activate(x: relax.Expr, *, kind: Activation) -> relax.Call:

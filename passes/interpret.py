@@ -1,5 +1,7 @@
 """Runs an encoder-dialect graph in NumPy, float32: what every op means, the oracle of compiled models.
 
+What ``quantise`` notes on an op (scales, zero points) says how a kernel computes it, not what it means: ignored here.
+
 Inside, a tiles value is rows: ``(tokens, channels)``, one row per token of the packed batch, or one per request after
 pooling. Calibration watches the rows through ``observe``.
 """
@@ -15,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import tvm
 from tvm import relax
+from tvm.ir.expr import GenericConst
 
 from .dialect import PREFIX
+from .graph import Graph, arguments, attributes
 
 Rows: TypeAlias = npt.NDArray[np.float32]
 Ids: TypeAlias = npt.NDArray[Any]
@@ -42,7 +46,9 @@ def pack_requests(ids_list: Sequence[Ids], token_types: Sequence[Ids] | None = N
         raise ValueError("token_types must have the same lengths as ids_list")
     starts = np.cumsum([0, *lengths])[:-1]
     ids = np.concatenate([np.asarray(ids, np.int32) for ids in ids_list])
-    types = np.zeros_like(ids) if token_types is None else np.concatenate([np.asarray(t, np.int32) for t in token_types])
+    types = (
+        np.zeros_like(ids) if token_types is None else np.concatenate([np.asarray(t, np.int32) for t in token_types])
+    )
     positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
     return Packed(ids, positions, types, [(int(s), n) for s, n in zip(starts, lengths, strict=True)])
 
@@ -55,16 +61,16 @@ def interpret(
 ) -> Rows:
     """Run ``module["main"]`` on requests of 1-D token ids; returns rows ``(tokens, C)`` or ``(requests, C)``.
 
-    ``observe(name, rows)`` is called for the value of every variable as it is computed, several times per variable:
+    ``observe(name, rows)`` is called for the result of every op as it is computed, several times per variable:
     once for each chunk of requests. Raises ValueError for ids outside a table and for ops outside the dialect.
     """
     if not ids_list:
         raise ValueError("ids_list is empty; expected at least one request")
-    graph = _Graph(module["main"])
+    program = _Program(Graph(module))
     outputs = []
     for first, last in _chunks([len(ids) for ids in ids_list]):
         types = None if token_types is None else token_types[first:last]
-        outputs.append(graph.run(pack_requests(ids_list[first:last], types), observe))
+        outputs.append(program.run(pack_requests(ids_list[first:last], types), observe))
     return np.concatenate(outputs)
 
 
@@ -78,27 +84,26 @@ def _chunks(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
     yield first, len(lengths)
 
 
-class _Graph:
+class _Program:
     """The bindings of one function, with everything that depends on constants alone computed once."""
 
-    def __init__(self, function: relax.Function) -> None:
-        self.params = list(function.params)
-        if len(self.params) != 4:
-            raise ValueError(f"main has {len(self.params)} parameters; expected ids, positions, token_types, segments")
-        self.result: relax.Expr = function.body.body
+    def __init__(self, graph: Graph) -> None:
+        if len(graph.params) != 4:
+            raise ValueError(f"main has {len(graph.params)} parameters; expected ids, positions, token_types, segments")
+        self.params = graph.params
+        self.result = graph.result
         self.constants: dict[Any, Any] = {}
         self.steps: list[tuple[relax.Var, relax.Expr]] = []
-        for block in function.body.blocks:
-            for binding in block.bindings:
-                self._add(binding.var, binding.value)
-        self.last_use = {arg: i for i, (_, value) in enumerate(self.steps) for arg in _arguments(value)}
+        for binding in graph.bindings:
+            self._add(graph, binding.var, binding.value)
+        self.last_use = {arg: i for i, (_, value) in enumerate(self.steps) for arg in arguments(value)}
 
-    def _add(self, var: relax.Var, value: relax.Expr) -> None:
-        arguments = _arguments(value)
-        for arg in arguments:
-            if isinstance(arg, relax.Constant):
-                self.constants[arg] = arg.value.numpy()
-        if all(arg in self.constants for arg in arguments):
+    def _add(self, graph: Graph, var: relax.Var, value: relax.Expr) -> None:
+        needed = [value] if isinstance(value, GenericConst) else arguments(value)
+        for arg in needed:
+            if isinstance(arg, GenericConst) and arg not in self.constants:
+                self.constants[arg] = graph.constant(arg)
+        if all(arg in self.constants for arg in needed):
             self.constants[var] = _evaluate(value, self.constants)
         else:
             self.steps.append((var, value))
@@ -107,20 +112,14 @@ class _Graph:
         inputs = (batch.ids, batch.positions, batch.token_types, batch.segments)
         values: dict[Any, Any] = {**self.constants, **dict(zip(self.params, inputs, strict=True))}
         for i, (var, value) in enumerate(self.steps):
-            rows = values[var] = _evaluate(value, values)
-            if observe is not None:
-                observe(var.name, rows)
-            for arg in _arguments(value):
+            values[var] = _evaluate(value, values)
+            if observe is not None and isinstance(value, relax.Call):
+                observe(var.name, values[var])
+            for arg in set(arguments(value)):
                 if self.last_use[arg] == i and arg is not self.result:
-                    values.pop(arg, None)
+                    del values[arg]
         result: Rows = values[self.result]
         return result
-
-
-def _arguments(value: relax.Expr) -> list[relax.Expr]:
-    if isinstance(value, relax.Call):
-        return list(value.args)
-    return [value]
 
 
 def _evaluate(value: relax.Expr, values: Mapping[Any, Any]) -> Any:
@@ -129,13 +128,20 @@ def _evaluate(value: relax.Expr, values: Mapping[Any, Any]) -> Any:
     name = str(getattr(value.op, "name", value.op)).removeprefix(PREFIX)
     if name not in _OPS:
         raise ValueError(f"{name} is not an op of the encoder dialect; known: {', '.join(_OPS)}")
-    attrs = {} if value.attrs is None else {key: value.attrs[key] for key in value.attrs.keys()}
-    return _OPS[name](*(values[arg] for arg in value.args), **attrs)
+    return _OPS[name](*(values[arg] for arg in value.args), **attributes(value))
 
 
 def _embed(
-    ids: Ids, positions: Ids, token_types: Ids, word: Rows, position: Rows, token_type: Rows, gamma: Rows, beta: Rows,
-    *, eps: float,
+    ids: Ids,
+    positions: Ids,
+    token_types: Ids,
+    word: Rows,
+    position: Rows,
+    token_type: Rows,
+    gamma: Rows,
+    beta: Rows,
+    *,
+    eps: float,
 ) -> Rows:
     total = _lookup("token id", ids, word) + _lookup("position", positions, position)
     total += _lookup("token type", token_types, token_type)
@@ -146,22 +152,25 @@ def _lookup(what: str, indices: Ids, table: Rows) -> Rows:
     bad = indices[(indices < 0) | (indices >= len(table))]
     if bad.size:
         raise ValueError(f"{what} {bad[0]} is outside the table of {len(table)} rows")
-    return table[indices]
+    rows: Rows = table[indices]
+    return rows
 
 
-def _dense(x: Rows, weight: Rows, bias: Rows, *, activation: str) -> Rows:
-    return _activate(x @ weight.T + bias, kind=activation)
+def _dense(
+    x: Rows, weight: Rows, bias: Rows, residual: Rows | None = None, *, activation: str, **_quantisation: Any
+) -> Rows:
+    y = _activate(x @ weight.T + bias, kind=activation)
+    return y if residual is None else y + residual
 
 
 def _layer_norm(x: Rows, gamma: Rows, beta: Rows, *, eps: float) -> Rows:
     centred = x - x.mean(axis=1, keepdims=True)
     variance = np.square(centred).mean(axis=1, keepdims=True)
-    return centred / np.sqrt(variance + np.float32(eps)) * gamma + beta
+    normal: Rows = centred / np.sqrt(variance + np.float32(eps))
+    return normal * gamma + beta
 
 
-def _attention(
-    q: Rows, k: Rows, v: Rows, segments: list[tuple[int, int]], *, heads: int, scale: float
-) -> Rows:
+def _attention(q: Rows, k: Rows, v: Rows, segments: list[tuple[int, int]], *, heads: int, scale: float) -> Rows:
     out = np.empty_like(v)
     for start, length in segments:
         if not length:
@@ -176,6 +185,17 @@ def _attention(
     return out
 
 
+def _self_attention(
+    qkv: Rows, segments: list[tuple[int, int]], *, heads: int, scale: float, **_quantisation: Any
+) -> Rows:
+    q, k, v = np.split(qkv, 3, axis=1)
+    return _attention(q, k, v, segments, heads=heads, scale=scale)
+
+
+def _stack(*values: Rows) -> Rows:
+    return np.concatenate(values, axis=1)
+
+
 def _activate(x: Rows, *, kind: str) -> Rows:
     match kind:
         case "none":
@@ -183,7 +203,7 @@ def _activate(x: Rows, *, kind: str) -> Rows:
         case "relu":
             return np.maximum(x, np.float32(0))
         case "tanh":
-            return np.tanh(x)
+            return np.asarray(np.tanh(x))
         case "gelu":
             return x * (np.float32(0.5) + np.float32(0.5) * _erf(x * np.float32(math.sqrt(0.5))))
         case "gelu_tanh":
@@ -201,7 +221,7 @@ def _erf(x: Rows) -> Rows:
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         polynomial *= t
         polynomial += np.float32(coefficient)
-    return np.copysign(1 - polynomial * t * np.exp(-magnitude * magnitude), x)
+    return np.asarray(np.copysign(1 - polynomial * t * np.exp(-magnitude * magnitude), x))
 
 
 def _add(x: Rows, y: Rows) -> Rows:
@@ -222,7 +242,8 @@ def _pool(x: Rows, segments: list[tuple[int, int]], *, mode: str) -> Rows:
 
 
 def _normalize(x: Rows) -> Rows:
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.float32(1e-12))
+    norm: Rows = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.maximum(norm, np.float32(1e-12))
 
 
 def _quantized_weight(values: npt.NDArray[np.int8], scale: Rows) -> Rows:
@@ -234,6 +255,8 @@ _OPS: dict[str, Callable[..., Rows]] = {
     "dense": _dense,
     "layer_norm": _layer_norm,
     "attention": _attention,
+    "self_attention": _self_attention,
+    "stack": _stack,
     "activate": _activate,
     "add": _add,
     "pool": _pool,

@@ -1,0 +1,117 @@
+"""What a compiled module says about itself: the JSON document in its section ``.whet.metadata``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+FORMAT = 1
+"""Format of the artefact; a runtime reads exactly the one it was written for."""
+
+ALIGNMENT = 64
+"""Every weight starts at a multiple of this in the blob; compiled code loads whole cache lines."""
+
+
+class ArtifactError(ValueError):
+    """A file that is not a usable compiled module; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Shape of what ``main`` returns: one column of ``channels`` values per token or per request."""
+
+    per: str
+    channels: int
+
+    def __post_init__(self) -> None:
+        if self.per not in ("token", "request"):
+            raise ValueError(f"output.per is {self.per!r}; expected 'token' or 'request'")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One row of the weights table: a contiguous array at ``offset`` bytes into the weights blob."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Everything a runtime has to know about a module; :mod:`whet.link` fills in ``weights`` when it writes the file."""
+
+    whet: str
+    tvm_ffi: str
+    name: str
+    task: str
+    convention: str
+    """``"packed"``: main(ids, positions, token_types, segments, weights), see :meth:`Session.run_packed`.
+    ``"padded"``: main(*inputs, weights) with int64 ``(batch, sequence)`` inputs."""
+    inputs: tuple[str, ...]
+    vocab_size: int
+    max_length: int
+    type_vocab_size: int
+    pad_token_id: int
+    labels: tuple[str, ...]
+    output: Output
+    precision: str
+    isa: str
+    cpu_flags: tuple[str, ...]
+    """Flags, named as in ``/proc/cpuinfo``, without which the code must not run."""
+    max_tokens: int
+    """Most packed tokens a single call takes."""
+    weights: tuple[Weight, ...] = ()
+    report: tuple[Mapping[str, Any], ...] = ()
+    """One entry per layer: what was chosen, and why."""
+    notes: tuple[str, ...] = ()
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.convention not in ("packed", "padded"):
+            raise ValueError(f"convention is {self.convention!r}; expected 'packed' or 'padded'")
+        for name in ("vocab_size", "max_length", "type_vocab_size", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.max_tokens < self.max_length:
+            raise ValueError(
+                f"max_tokens is {self.max_tokens}, less than max_length {self.max_length}: the longest request must fit"
+            )
+
+    def to_json(self) -> str:
+        """The document, indented: ``strings model.so`` shows it."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Metadata:
+        """Parse the document.
+
+        Raises:
+            ArtifactError: it is not JSON, lacks a field, or has another format version.
+        """
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise ArtifactError(f"the metadata is not JSON ({error}); the file is corrupt: copy it again") from error
+        if not isinstance(document, dict):
+            raise ArtifactError("the metadata is not a JSON object; the file is corrupt: copy it again")
+        if document.get("format") != FORMAT:
+            raise ArtifactError(
+                f"the module has format {document.get('format')!r} (written by whet {document.get('whet', 'unknown')}), "
+                f"this runtime reads format {FORMAT}: compile the model again, or install the whet that wrote it"
+            )
+        missing = sorted(f.name for f in fields(cls) if f.name not in document)
+        if missing:
+            raise ArtifactError(f"the metadata lacks {', '.join(missing)}; compile the model again")
+        known = {f.name: document[f.name] for f in fields(cls)}
+        try:
+            known["output"] = Output(**known["output"])
+            known["weights"] = tuple(Weight(**{**w, "shape": tuple(w["shape"])}) for w in known["weights"])
+            for name in ("inputs", "labels", "cpu_flags", "report", "notes"):
+                known[name] = tuple(known[name])
+            return cls(**known)
+        except (TypeError, KeyError, ValueError) as error:
+            raise ArtifactError(f"the metadata is malformed ({error}); compile the model again") from error

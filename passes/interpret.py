@@ -157,10 +157,31 @@ def _lookup(what: str, indices: Ids, table: Rows) -> Rows:
 
 
 def _dense(
-    x: Rows, weight: Rows, bias: Rows, residual: Rows | None = None, *, activation: str, **_quantisation: Any
+    x: Rows,
+    weight: Rows,
+    bias: Rows,
+    residual: Rows | None = None,
+    *,
+    activation: str,
+    x_scale: float | None = None,
+    x_zero: int = 0,
+    per_token: bool = False,
+    **_choice: Any,
 ) -> Rows:
+    if per_token:
+        low, high = np.minimum(x.min(1, keepdims=True), 0), np.maximum(x.max(1, keepdims=True), 0)
+        scale = np.maximum((high - low) / 255, 1e-8)
+        x = _rounded(x, scale, np.rint(-low / scale), 0, 255)
+    elif x_scale is not None:
+        x = _rounded(x, x_scale, x_zero, 0, 255)
     y = _activate(x @ weight.T + bias, kind=activation)
     return y if residual is None else y + residual
+
+
+def _rounded(x: Rows, scale: Any, zero: Any, low: int, high: int) -> Rows:
+    """What is left of ``x`` after it was an integer of this scale and zero point."""
+    rounded: Rows = (np.clip(np.rint(x / scale) + zero, low, high) - zero) * scale
+    return rounded.astype(np.float32)
 
 
 def _layer_norm(x: Rows, gamma: Rows, beta: Rows, *, eps: float) -> Rows:
@@ -170,7 +191,16 @@ def _layer_norm(x: Rows, gamma: Rows, beta: Rows, *, eps: float) -> Rows:
     return normal * gamma + beta
 
 
-def _attention(q: Rows, k: Rows, v: Rows, segments: list[tuple[int, int]], *, heads: int, scale: float) -> Rows:
+def _attention(
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    segments: list[tuple[int, int]],
+    *,
+    heads: int,
+    scale: float,
+    integer: bool = False,
+) -> Rows:
     out = np.empty_like(v)
     for start, length in segments:
         if not length:
@@ -180,16 +210,29 @@ def _attention(q: Rows, k: Rows, v: Rows, segments: list[tuple[int, int]], *, he
         scores = (query @ key.transpose(0, 2, 1)) * np.float32(scale)
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
+        if integer:
+            np.rint(scores * 255, out=scores)
         scores /= scores.sum(axis=-1, keepdims=True)
         out[rows] = (scores @ value).transpose(1, 0, 2).reshape(length, -1)
     return out
 
 
 def _self_attention(
-    qkv: Rows, segments: list[tuple[int, int]], *, heads: int, scale: float, **_quantisation: Any
+    qkv: Rows,
+    segments: list[tuple[int, int]],
+    *,
+    heads: int,
+    scale: float,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
 ) -> Rows:
     q, k, v = np.split(qkv, 3, axis=1)
-    return _attention(q, k, v, segments, heads=heads, scale=scale)
+    if q_scale is not None:
+        q = _rounded(q, q_scale, 128, 0, 255)
+        k = _rounded(k, k_scale, 0, -128, 127)
+        v = _rounded(v, v_scale, 0, -128, 127)
+    return _attention(q, k, v, segments, heads=heads, scale=scale, integer=q_scale is not None)
 
 
 def _stack(*values: Rows) -> Rows:

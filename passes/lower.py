@@ -1,0 +1,415 @@
+"""Lower the dialect to kernel calls.
+
+Before: the dialect after all other passes. After: ``main`` holds nothing but ``call_tir`` of functions made by
+``whet.schedules``; its parameters are the four inputs and, after them, one tuple of packed weights.
+
+A value can exist in several forms: float32 tiles, quads with a scale and zero point, quads with a scale per token, or
+Q, K and V apart. Which forms a value needs follows from who reads it, so the layer before makes the form that the layer
+after wants, and no conversion runs that nothing asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from tvm import IRModule, relax, tirx
+
+from whet.schedules import attention as attention_kernels
+from whet.schedules import dense as dense_kernels
+from whet.schedules import elementwise as elementwise_kernels
+from whet.schedules import embed as embed_kernels
+from whet.schedules import layer_norm as layer_norm_kernels
+from whet.schedules import pool as pool_kernels
+from whet.schedules.isa import Isa
+
+from . import dialect
+from .dialect import TILE, shape_of
+from .graph import Graph, attributes, is_call, weight_of
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Form: TypeAlias = Literal["tiles", "quads", "dynamic", "heads"]
+Quantise: TypeAlias = Literal["none", "static", "per_token"]
+MADE: dict[Form, Quantise] = {"quads": "static", "dynamic": "per_token"}
+
+Q_ZERO = 128
+"""Zero point of Q, which is unsigned; K and V are signed."""
+
+
+@dataclass
+class Demand:
+    """The forms of one value that its readers want."""
+
+    forms: set[Form] = field(default_factory=set)
+    scale: float = 1.0
+    zero: int = 0
+
+    @property
+    def integer(self) -> Form | None:
+        """The quads form among them; a value has at most one."""
+        return next((f for f in ("quads", "dynamic") if f in self.forms), None)
+
+    @property
+    def requant(self) -> Array:
+        """What a kernel that makes quads multiplies and adds: float32 (2,)."""
+        return np.float32([1.0 / self.scale, self.zero])
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """``module`` takes ``weights`` (name, array) as the last argument of ``main``, in this order."""
+
+    module: IRModule
+    weights: list[tuple[str, Array]]
+
+
+def lower(module: IRModule, isa: Isa, max_tokens: int, max_length: int) -> Lowered:
+    """Lower ``module`` for one instruction set.
+
+    ``max_tokens`` bounds the tokens of a call (memory is planned for it), ``max_length`` those of one request.
+    """
+    return _Lowering(Graph(module), isa, max_tokens, max_length).run()
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, isa: Isa, max_tokens: int, max_length: int) -> None:
+        self.graph = graph
+        self.isa = isa
+        self.max_tokens = max_tokens
+        self.max_length = max_length
+        self.builder = relax.BlockBuilder()
+        self.demands = _demands(graph)
+        self.forms: dict[tuple[relax.Var, Form], tuple[relax.Expr, ...]] = {}
+        self.weights: list[tuple[str, Array]] = []
+        self.weight_vars: list[relax.Var] = []
+        self.kernels: dict[Hashable, Any] = {}
+
+    def run(self) -> Lowered:
+        tiles, groups = tirx.Var("tiles", "int64"), tirx.Var("groups", "int64")
+        shapes = [(tiles, TILE)] * 3 + [(groups, TILE, 2)]
+        names = ("ids", "positions", "token_types", "segments")
+        inputs = [relax.Var(n, relax.TensorType(s, "int32")) for n, s in zip(names, shapes, strict=True)]
+        for old, new in zip(self.graph.params, inputs, strict=True):
+            self.forms[old, "tiles"] = (new,)
+        with self.builder.function("main"):
+            with self.builder.dataflow():
+                for binding in self.graph.bindings:
+                    self.visit(binding.var, binding.value)
+                output = self.builder.emit_output(self.tiles(self.graph.source(self.graph.result)))
+            self.builder.emit_func_output(output, params=[*inputs, *self.weight_vars])
+        module = self.builder.get()
+        bounds = {"tiles": -(-self.max_tokens // TILE), "groups": -(-self.max_tokens // TILE)}
+        module["main"] = module["main"].with_attr("num_input", len(inputs)).with_attr("tir_var_upper_bound", bounds)
+        return Lowered(relax.transform.BundleModelParams()(module), self.weights)
+
+    # One method per op, found by the op's name.
+
+    def visit(self, var: relax.Var, value: relax.Expr) -> None:
+        if not isinstance(value, relax.Call):
+            return  # aliases are looked through
+        if is_call(value, dialect.QUANTIZED_WEIGHT):
+            return  # the layer that reads it takes it apart
+        name = value.op.name.removeprefix(dialect.PREFIX)
+        method = getattr(self, "lower_" + name, None)
+        if method is None:
+            raise ValueError(f"{var.name}: op {value.op.name} has no kernel")
+        method(var, value)
+
+    def lower_embed(self, var: relax.Var, call: relax.Call) -> None:
+        table = self.graph.producer(call.args[3])
+        integer = is_call(table, dialect.QUANTIZED_WEIGHT)
+        word = [self.graph.constant(a) for a in (table.args if integer else [table])]
+        position, token_type, gamma, beta = (self.graph.constant(a) for a in call.args[4:8])
+        demand = self.demands[var]
+        spec = embed_kernels.EmbedSpec(
+            vocab=word[0].shape[0],
+            positions=position.shape[0],
+            types=token_type.shape[0],
+            channels=word[0].shape[1],
+            eps=float(attributes(call)["eps"]),
+            table="i8" if integer else "f32",
+            quantize=MADE[demand.integer] if demand.integer else "none",
+        )
+        inputs = [self.tiles(a) for a in call.args[:3]]
+        weights = [*word, position, token_type, gamma, beta, *self.requant(demand)]
+        self.normalised(var, "embed", spec, embed_kernels.embed, inputs, weights, spec.channels)
+
+    def lower_layer_norm(self, var: relax.Var, call: relax.Call) -> None:
+        demand = self.demands[var]
+        spec = layer_norm_kernels.LayerNormSpec(
+            channels=shape_of(var)[1],
+            eps=float(attributes(call)["eps"]),
+            quantize=MADE[demand.integer] if demand.integer else "none",
+        )
+        weights = [*(self.graph.constant(a) for a in call.args[1:]), *self.requant(demand)]
+        inputs = [self.tiles(call.args[0])]
+        self.normalised(var, "layer_norm", spec, layer_norm_kernels.layer_norm, inputs, weights, spec.channels)
+
+    def normalised(
+        self,
+        var: relax.Var,
+        name: str,
+        spec: Hashable,
+        generator: Any,
+        inputs: list[relax.Expr],
+        weights: list[Array],
+        channels: int,
+    ) -> None:
+        """A kernel that ends in a layer norm: it makes tiles, and the quads that are wanted beside them."""
+        form = self.demands[var].integer
+        outputs = [self.tiles_type(var), *self.quads_types(var, channels, form)]
+        results = self.call(name, spec, generator, inputs, weights, outputs, var.name)
+        self.forms[var, "tiles"] = results[:1]
+        if form:
+            self.forms[var, form] = results[1:]
+
+    def lower_dense(self, var: relax.Var, call: relax.Call) -> None:
+        attrs = attributes(call)
+        per_token = bool(attrs.get("per_token"))
+        integer = per_token or "x_scale" in attrs
+        rows, columns = shape_of(call.args[1])
+        demand = self.demands[var]
+        output = "heads" if "heads" in demand.forms else "quads" if demand.forms == {"quads"} and integer and rows % 4 == 0 else "tiles"
+        block_rows = int(attrs.get("block_rows", 0))
+        spec = dense_kernels.DenseSpec(
+            out_features=rows,
+            in_features=columns,
+            weight="f32" if not integer else "i8_sparse" if block_rows else "i8",
+            block_rows=block_rows or 4,
+            activation=attrs["activation"],
+            residual=len(call.args) == 4,
+            per_token=per_token,
+            output=output,
+        )
+        kernel = self.kernel(spec, lambda: dense_kernels.dense(spec, self.isa))
+        if integer:
+            source = self.graph.producer(call.args[1])
+            values, weight_scale = (self.graph.constant(a) for a in source.args)
+            numbers = self.folded(var, values, weight_scale, self.graph.constant(call.args[2]), attrs, output)
+            weights = [*kernel.pack(values), *numbers]
+            inputs = list(self.forms[self.graph.source(call.args[0]), "dynamic" if per_token else "quads"])
+        else:
+            weights = [*kernel.pack(weight_of(self.graph, call.args[1])), self.graph.constant(call.args[2])]
+            inputs = [self.tiles(call.args[0])]
+        inputs, dynamic = inputs[:1], inputs[1:]
+        residual = [self.tiles(call.args[3])] if spec.residual else []
+        arguments = [*inputs, *(self.weight(var.name, w) for w in weights), *dynamic, *residual]
+        if output == "quads":
+            arguments += [self.weight(var.name, w) for w in self.requant(demand)]
+        types = {
+            "tiles": lambda: [self.tiles_type(var)],
+            "quads": lambda: self.quads_types(var, rows, "quads"),
+            "heads": lambda: self.heads_types(var, rows // 3),
+        }[output]()
+        self.forms[var, output] = self.emit(kernel.func, _kernel_name(spec), arguments, types, var.name)
+        if output == "tiles" and demand.integer:
+            self.quantize(var)
+
+    def folded(
+        self, var: relax.Var, values: Array, weight_scale: Array, bias: Array, attrs: dict[str, Any], output: str
+    ) -> list[Array]:
+        """Scale and bias per output channel (and row sums for per-token scales), in the order of the kernel."""
+        sums = values.astype(np.int64).sum(axis=1).astype(np.float64)
+        if attrs.get("per_token"):
+            scale, bias = weight_scale.astype(np.float64), bias.astype(np.float64)
+        else:
+            scale = weight_scale.astype(np.float64) * float(attrs["x_scale"])
+            bias = bias.astype(np.float64) - scale * int(attrs["x_zero"]) * sums
+        if output == "heads":
+            reader = next(v for v in self.graph.values.values() if is_call(v, dialect.SELF_ATTENTION) and v.args[0].same_as(var))
+            parts = [float(attributes(reader)[f"{p}_scale"]) for p in "qkv"]
+            inverse = np.repeat(1.0 / np.float64(parts), len(bias) // 3)
+            scale, bias = scale * inverse, bias * inverse
+        folded = [scale.astype(np.float32), bias.astype(np.float32)]
+        return [*folded, sums.astype(np.float32)] if attrs.get("per_token") else folded
+
+    def lower_self_attention(self, var: relax.Var, call: relax.Call) -> None:
+        attrs = attributes(call)
+        heads = int(attrs["heads"])
+        channels = shape_of(var)[1]
+        integer = "q_scale" in attrs
+        spec = attention_kernels.AttentionSpec(
+            heads=heads,
+            head_size=channels // heads,
+            precision="i8" if integer else "f32",
+            scale=1.0 if integer else float(attrs["scale"]),
+            max_length=self.max_length,
+        )
+        segments = self.tiles(call.args[1])
+        if not integer:
+            inputs = [self.tiles(call.args[0]), segments]
+            types = [self.tiles_type(var)]
+            self.forms[var, "tiles"] = self.call("attention", spec, attention_kernels.attention, inputs, [], types, var.name)
+            if self.demands[var].integer:
+                self.quantize(var)
+            return
+        demand = self.demands[var]
+        score = float(attrs["q_scale"]) * float(attrs["k_scale"]) * float(attrs["scale"])
+        numbers = np.float32([score, float(attrs["v_scale"]) / demand.scale, demand.zero, 0.0])
+        inputs = [*self.forms[self.graph.source(call.args[0]), "heads"], segments]
+        types = self.quads_types(var, channels, "quads")
+        self.forms[var, "quads"] = self.call(
+            "attention", spec, attention_kernels.attention, inputs, [numbers], types, var.name
+        )
+
+    def lower_activate(self, var: relax.Var, call: relax.Call) -> None:
+        kind = attributes(call)["kind"]
+        self.simple(var, "activate", ("activate", kind), lambda _, isa: elementwise_kernels.activate(kind, isa), call.args)
+
+    def lower_add(self, var: relax.Var, call: relax.Call) -> None:
+        self.simple(var, "add", ("add",), lambda _, isa: elementwise_kernels.add(isa), call.args)
+
+    def lower_pool(self, var: relax.Var, call: relax.Call) -> None:
+        spec = pool_kernels.PoolSpec(channels=shape_of(var)[1], mode=attributes(call)["mode"])
+        self.simple(var, "pool", spec, pool_kernels.pool, call.args)
+
+    def lower_normalize(self, var: relax.Var, call: relax.Call) -> None:
+        channels = shape_of(var)[1]
+        self.simple(var, "normalize", ("normalize", channels), lambda _, isa: pool_kernels.normalize(channels, isa), call.args)
+
+    def lower_stack(self, var: relax.Var, call: relax.Call) -> None:
+        self.forms[var, "tiles"] = (
+            self.builder.emit(relax.op.concat([self.tiles(a) for a in call.args], axis=1), name_hint=var.name),
+        )
+
+    def simple(self, var: relax.Var, name: str, key: Hashable, generator: Any, args: list[relax.Expr]) -> None:
+        """A kernel from tiles to tiles, with quads made after it where they are wanted."""
+        inputs = [self.tiles(a) for a in args]
+        self.forms[var, "tiles"] = self.call(name, key, generator, inputs, [], [self.tiles_type(var)], var.name)
+        if self.demands[var].integer:
+            self.quantize(var)
+
+    def quantize(self, var: relax.Var) -> None:
+        """Quads from tiles, where the kernel that made the tiles could not make both."""
+        demand = self.demands[var]
+        form = demand.integer
+        assert form is not None
+        channels, mode = shape_of(var)[1], MADE[form]
+        self.forms[var, form] = self.call(
+            "quantize",
+            ("quantize", channels, mode),
+            lambda _, isa: elementwise_kernels.quantize(channels, mode, isa),
+            [self.tiles(var)],
+            self.requant(demand),
+            self.quads_types(var, channels, form),
+            var.name,
+        )
+
+    # Pieces of a kernel call.
+
+    def tiles(self, value: relax.Expr) -> relax.Expr:
+        return self.forms[self.graph.source(value), "tiles"][0]
+
+    def first(self, var: relax.Var) -> Any:
+        """The tile count of a value (tokens) or its group count (requests), in the new function."""
+        reference = self.graph.params[0 if var.ty.shape[0].same_as(self.graph.params[0].ty.shape[0]) else 3]
+        return self.tiles(reference).ty.shape[0]
+
+    def tiles_type(self, var: relax.Var) -> relax.TensorType:
+        return relax.TensorType((self.first(var), shape_of(var)[1], TILE), "float32")
+
+    def quads_types(self, var: relax.Var, channels: int, form: Form | None) -> list[relax.TensorType]:
+        first = self.first(var)
+        quads = relax.TensorType((first, channels // 4, TILE, 4), "uint8")
+        return {
+            None: [],
+            "quads": [quads],
+            "dynamic": [quads, relax.TensorType((first, 2, TILE), "float32")],
+        }[form]
+
+    def heads_types(self, var: relax.Var, channels: int) -> list[relax.TensorType]:
+        first = self.first(var)
+        return [
+            relax.TensorType((first, channels // 4, TILE, 4), "uint8"),
+            relax.TensorType((first, channels // 4, TILE, 4), "int8"),
+            relax.TensorType((first, channels, TILE), "int8"),
+        ]
+
+    def requant(self, demand: Demand) -> list[Array]:
+        return [demand.requant] if demand.integer == "quads" else []
+
+    def weight(self, layer: str, array: Array) -> relax.Var:
+        name = f"{layer}.{len(self.weights)}"
+        array = np.ascontiguousarray(array)
+        var = relax.Var(f"w{len(self.weights)}", relax.TensorType(array.shape, str(array.dtype)))
+        self.weights.append((name, array))
+        self.weight_vars.append(var)
+        return var
+
+    def kernel(self, key: Hashable, make: Any) -> Any:
+        if key not in self.kernels:
+            self.kernels[key] = make()
+        return self.kernels[key]
+
+    def call(
+        self,
+        name: str,
+        key: Hashable,
+        generator: Any,
+        inputs: list[relax.Expr],
+        weights: list[Array],
+        types: list[relax.TensorType],
+        layer: str,
+    ) -> tuple[relax.Expr, ...]:
+        func = self.kernel((name, key), lambda: generator(key, self.isa))
+        arguments = [*inputs, *(self.weight(layer, w) for w in weights)]
+        return self.emit(func, name, arguments, types, layer)
+
+    def emit(
+        self, func: tirx.PrimFunc, name: str, arguments: list[relax.Expr], types: list[relax.TensorType], layer: str
+    ) -> tuple[relax.Expr, ...]:
+        function = self.builder.add_func(func, name)
+        result = self.builder.emit(
+            relax.call_tir(function, arguments, types if len(types) > 1 else types[0]), name_hint=layer
+        )
+        if len(types) == 1:
+            return (result,)
+        return tuple(self.builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types)))
+
+
+def _kernel_name(spec: dense_kernels.DenseSpec) -> str:
+    block = f"_{spec.block_rows}x4" if spec.weight == "i8_sparse" else ""
+    return f"dense_{spec.weight}{block}_{spec.out_features}x{spec.in_features}_{spec.output}"
+
+
+def _demands(graph: Graph) -> dict[relax.Var, Demand]:
+    """Which forms every value is wanted in."""
+    demands = {binding.var: Demand() for binding in graph.bindings}
+
+    def want(value: relax.Expr, form: Form, scale: float = 1.0, zero: int = 0) -> None:
+        var = graph.source(value)
+        demand = demands.get(var)
+        if demand is None:
+            return  # an input or a constant
+        if form == "quads" and "quads" in demand.forms and (scale, zero) != (demand.scale, demand.zero):
+            raise ValueError(f"{var.name} is wanted with scales {demand.scale} and {scale}; quantise gives one per value")
+        demand.forms.add(form)
+        if form == "quads":
+            demand.scale, demand.zero = scale, zero
+
+    for binding in graph.bindings:
+        call = binding.value
+        if not isinstance(call, relax.Call) or is_call(call, dialect.QUANTIZED_WEIGHT):
+            continue
+        attrs = attributes(call)
+        if is_call(call, dialect.DENSE):
+            if attrs.get("per_token"):
+                want(call.args[0], "dynamic")
+            elif "x_scale" in attrs:
+                want(call.args[0], "quads", float(attrs["x_scale"]), int(attrs["x_zero"]))
+            else:
+                want(call.args[0], "tiles")
+            for residual in call.args[3:]:
+                want(residual, "tiles")
+        elif is_call(call, dialect.SELF_ATTENTION) and "q_scale" in attrs:
+            want(call.args[0], "heads")
+        else:
+            for argument in call.args:
+                if isinstance(argument, relax.Var):
+                    want(argument, "tiles")
+    want(graph.result, "tiles")
+    return demands
+
+

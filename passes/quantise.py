@@ -1,0 +1,139 @@
+"""Quantise dense layers and attention to uint8 activations × int8 weights.
+
+Before: fp32 dialect after ``fuse_qkv``, ``fuse_activations`` and ``fuse_residuals``. After: every dense layer that can
+be integer has a ``quantized_weight`` and the attributes ``x_scale`` and ``x_zero`` (or ``per_token``, where its input
+comes from a layer norm or an embedding and the configuration asks for it); every self-attention between two such layers
+has ``q_scale``, ``k_scale`` and ``v_scale``. Weights are symmetric per output channel; weights that were integers in the
+source keep them. Small heads (fewer than 32 outputs) and layers that see one column per request stay fp32: they cost
+next to nothing and carry the answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from tvm import IRModule, relax
+
+from . import dialect
+from .calibrate import Method, Observations, affine_u8, observe, symmetric_s8
+from .graph import Graph, attributes, is_call, is_per_token, rewrite
+
+SMALL_HEAD = 32
+
+
+@dataclass(frozen=True)
+class QuantisationConfig:
+    """How activations become integers. ``version`` changes when the meaning of a field does."""
+
+    activations: Literal["static", "per_token"] = "static"
+    method: Method = "mse"
+    percentile: float = 99.99
+    """Share of the values inside the range, in percent, for the method ``percentile``."""
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.activations not in ("static", "per_token"):
+            raise ValueError(f"activations is {self.activations!r}; expected 'static' or 'per_token'")
+        if self.method not in get_args(Method):
+            raise ValueError(f"method is {self.method!r}; expected one of {', '.join(get_args(Method))}")
+        if not 50.0 < self.percentile <= 100.0:
+            raise ValueError(f"percentile is {self.percentile}; expected more than 50 and at most 100")
+        if self.version != 1:
+            raise ValueError(f"version is {self.version}; this whet reads version 1")
+
+    def to_json(self) -> str:
+        """The configuration as one JSON object."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> QuantisationConfig:
+        """Read what ``to_json`` wrote; unknown fields are errors."""
+        return cls(**json.loads(text))
+
+
+def quantise(
+    module: IRModule,
+    config: QuantisationConfig,
+    requests: Sequence[np.ndarray[Any, Any]],
+    token_types: Sequence[np.ndarray[Any, Any]] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> IRModule:
+    """Calibrate on ``requests`` (1-D arrays of token ids) and rewrite as the module docstring says."""
+    graph = Graph(module)
+    layers = {b.var: b.value for b in graph.bindings if _becomes_integer(graph, b.var, b.value)}
+    attentions = {b.var: b.value for b in graph.bindings if _attention_becomes_integer(graph, layers, b.var, b.value)}
+    dynamic = {var for var, call in layers.items() if config.activations == "per_token" and _normalised(graph, call)}
+
+    wanted = {call.args[0].name: 1 for var, call in layers.items() if var not in dynamic}
+    wanted.update({call.args[0].name: 3 for call in attentions.values()})
+    seen = observe(module, wanted, requests, token_types, progress)
+
+    def visit(builder: relax.BlockBuilder, var: relax.Var, call: relax.Call) -> relax.Expr:
+        if var in layers:
+            weight = _integer_weight(graph, builder, var, graph.values[var].args[1])
+            found = {"per_token": True} if var in dynamic else _input_scale(seen, graph.values[var].args[0].name, config)
+            return dialect.dense(call.args[0], weight, *call.args[2:], **attributes(call), **found)
+        if var in attentions:
+            parts = seen[graph.values[var].args[0].name]
+            scales = {
+                f"{part}_scale": symmetric_s8(observation, config.method, config.percentile)
+                for part, observation in zip("qkv", parts, strict=True)
+            }
+            return dialect.self_attention(*call.args, **attributes(call), **scales)
+        return call
+
+    return rewrite(module, visit)
+
+
+def _becomes_integer(graph: Graph, var: relax.Var, call: relax.Expr) -> bool:
+    if not is_call(call, dialect.DENSE) or not is_per_token(graph, call.args[0]):
+        return False
+    rows, columns = dialect.shape_of(call.args[1])
+    return columns % 4 == 0 and rows >= SMALL_HEAD
+
+
+def _attention_becomes_integer(graph: Graph, layers: dict[Any, Any], var: relax.Var, call: relax.Expr) -> bool:
+    """An integer attention reads what one integer layer made for it, and is read by integer layers only."""
+    if not is_call(call, dialect.SELF_ATTENTION):
+        return False
+    projection = call.args[0]
+    readers = [b.var for b in graph.bindings if isinstance(b.value, relax.Call) and var in list(b.value.args)]
+    return (
+        projection in layers
+        and graph.uses[projection] == 1
+        and len(layers[projection].args) == 3
+        and attributes(layers[projection])["activation"] == "none"
+        and graph.source(graph.result) != var
+        and all(r in layers and graph.values[r].args[0].same_as(var) for r in readers)
+    )
+
+
+def _normalised(graph: Graph, call: relax.Call) -> bool:
+    made = graph.producer(call.args[0])
+    return is_call(made, dialect.LAYER_NORM) or is_call(made, dialect.EMBED)
+
+
+def _input_scale(seen: Observations, name: str, config: QuantisationConfig) -> dict[str, float | int]:
+    observation = seen[name][0]
+    scale, zero = affine_u8(observation, config.method, config.percentile)
+    return {"x_scale": scale, "x_zero": zero}
+
+
+def _integer_weight(graph: Graph, builder: relax.BlockBuilder, var: relax.Var, weight: relax.Expr) -> relax.Expr:
+    made = graph.producer(weight)
+    if is_call(made, dialect.QUANTIZED_WEIGHT):
+        return builder.emit(dialect.quantized_weight(*made.args))
+    values, scale = quantise_weight(graph.constant(made))
+    return builder.emit(dialect.quantized_weight(relax.const(values), relax.const(scale)), name_hint=var.name + "_weight")
+
+
+def quantise_weight(weight: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A float32 ``(N, K)`` weight as int8 ``(N, K)`` in [-127, 127] and float32 scales ``(N,)``; zeros stay zeros."""
+    largest = np.abs(weight).max(axis=1)
+    scale = np.where(largest > 0, largest / 127.0, 1.0).astype(np.float32)
+    values = np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8)
+    return values, scale

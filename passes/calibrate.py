@@ -100,7 +100,9 @@ def symmetric_s8(observation: Observation, method: Method, percentile: float) ->
 def _ranges(observation: Observation, method: Method, percentile: float) -> list[tuple[float, float]]:
     low, high = observation.low, observation.high
     if not np.isfinite(low) or not np.isfinite(high):
-        raise ValueError("an activation has no finite values on the calibration requests; check the weights and the texts")
+        raise ValueError(
+            "an activation has no finite values on the calibration requests; check the weights and the texts"
+        )
     if method == "minmax":
         return [(low, high)]
     if method == "percentile":

@@ -25,9 +25,7 @@ class Graph:
         self.bindings: list[relax.VarBinding] = [b for block in self.function.body.blocks for b in block.bindings]
         self.values: dict[relax.Var, relax.Expr] = {b.var: b.value for b in self.bindings}
         self.result: relax.Expr = self.function.body.body
-        self.uses = Counter(
-            arg for b in self.bindings for arg in arguments(b.value) if isinstance(arg, relax.Var)
-        )
+        self.uses = Counter(arg for b in self.bindings for arg in arguments(b.value) if isinstance(arg, relax.Var))
         if isinstance(self.result, relax.Var):
             self.uses[self.result] += 1
 

@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from tvm import IRModule, relax, tirx
-
 from whet.schedules import attention as attention_kernels
 from whet.schedules import dense as dense_kernels
 from whet.schedules import elementwise as elementwise_kernels
@@ -171,7 +170,13 @@ class _Lowering:
         integer = per_token or "x_scale" in attrs
         rows, columns = shape_of(call.args[1])
         demand = self.demands[var]
-        output = "heads" if "heads" in demand.forms else "quads" if demand.forms == {"quads"} and integer and rows % 4 == 0 else "tiles"
+        output = (
+            "heads"
+            if "heads" in demand.forms
+            else "quads"
+            if demand.forms == {"quads"} and integer and rows % 4 == 0
+            else "tiles"
+        )
         block_rows = int(attrs.get("block_rows", 0))
         spec = dense_kernels.DenseSpec(
             out_features=rows,
@@ -218,7 +223,9 @@ class _Lowering:
             scale = weight_scale.astype(np.float64) * float(attrs["x_scale"])
             bias = bias.astype(np.float64) - scale * int(attrs["x_zero"]) * sums
         if output == "heads":
-            reader = next(v for v in self.graph.values.values() if is_call(v, dialect.SELF_ATTENTION) and v.args[0].same_as(var))
+            reader = next(
+                v for v in self.graph.values.values() if is_call(v, dialect.SELF_ATTENTION) and v.args[0].same_as(var)
+            )
             parts = [float(attributes(reader)[f"{p}_scale"]) for p in "qkv"]
             inverse = np.repeat(1.0 / np.float64(parts), len(bias) // 3)
             scale, bias = scale * inverse, bias * inverse
@@ -241,7 +248,9 @@ class _Lowering:
         if not integer:
             inputs = [self.tiles(call.args[0]), segments]
             types = [self.tiles_type(var)]
-            self.forms[var, "tiles"] = self.call("attention", spec, attention_kernels.attention, inputs, [], types, var.name)
+            self.forms[var, "tiles"] = self.call(
+                "attention", spec, attention_kernels.attention, inputs, [], types, var.name
+            )
             if self.demands[var].integer:
                 self.quantize(var)
             return
@@ -256,7 +265,9 @@ class _Lowering:
 
     def lower_activate(self, var: relax.Var, call: relax.Call) -> None:
         kind = attributes(call)["kind"]
-        self.simple(var, "activate", ("activate", kind), lambda _, isa: elementwise_kernels.activate(kind, isa), call.args)
+        self.simple(
+            var, "activate", ("activate", kind), lambda _, isa: elementwise_kernels.activate(kind, isa), call.args
+        )
 
     def lower_add(self, var: relax.Var, call: relax.Call) -> None:
         self.simple(var, "add", ("add",), lambda _, isa: elementwise_kernels.add(isa), call.args)
@@ -267,7 +278,9 @@ class _Lowering:
 
     def lower_normalize(self, var: relax.Var, call: relax.Call) -> None:
         channels = shape_of(var)[1]
-        self.simple(var, "normalize", ("normalize", channels), lambda _, isa: pool_kernels.normalize(channels, isa), call.args)
+        self.simple(
+            var, "normalize", ("normalize", channels), lambda _, isa: pool_kernels.normalize(channels, isa), call.args
+        )
 
     def lower_stack(self, var: relax.Var, call: relax.Call) -> None:
         self.forms[var, "tiles"] = (
@@ -384,7 +397,9 @@ def _demands(graph: Graph) -> dict[relax.Var, Demand]:
         if demand is None:
             return  # an input or a constant
         if form == "quads" and "quads" in demand.forms and (scale, zero) != (demand.scale, demand.zero):
-            raise ValueError(f"{var.name} is wanted with scales {demand.scale} and {scale}; quantise gives one per value")
+            raise ValueError(
+                f"{var.name} is wanted with scales {demand.scale} and {scale}; quantise gives one per value"
+            )
         demand.forms.add(form)
         if form == "quads":
             demand.scale, demand.zero = scale, zero
@@ -411,5 +426,3 @@ def _demands(graph: Graph) -> dict[relax.Var, Demand]:
                     want(argument, "tiles")
     want(graph.result, "tiles")
     return demands
-
-

@@ -35,7 +35,9 @@ def pad_heads(module: IRModule) -> IRModule:
         old = graph.values[var]
         if var in projections:
             if graph.sole_producer(var, dialect.DENSE) is None:
-                raise ValueError(f"{var.name}: heads of {projections[var][1]} channels can only be padded after a dense layer")
+                raise ValueError(
+                    f"{var.name}: heads of {projections[var][1]} channels can only be padded after a dense layer"
+                )
             heads, size = projections[var]
             weight = _weight(graph, builder, old.args[1], lambda a: _pad(a, (3, heads, size), axis=0))
             bias = relax.const(_pad(graph.constant(old.args[2]), (3, heads, size), axis=0))

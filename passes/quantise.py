@@ -3,8 +3,8 @@
 Before: fp32 dialect after ``fuse_qkv``, ``fuse_activations`` and ``fuse_residuals``. After: every dense layer that can
 be integer has a ``quantized_weight`` and the attributes ``x_scale`` and ``x_zero`` (or ``per_token``, where its input
 comes from a layer norm or an embedding and the configuration asks for it); every self-attention between two such layers
-has ``q_scale``, ``k_scale`` and ``v_scale``. Weights are symmetric per output channel; weights that were integers in the
-source keep them. Small heads (fewer than 32 outputs) and layers that see one column per request stay fp32: they cost
+has ``q_scale``, ``k_scale`` and ``v_scale``. Weights are symmetric per output channel, word embeddings per row; those
+that were integers in the source stay as they are. Small heads (fewer than 32 outputs) and layers that see one column per request stay fp32: they cost
 next to nothing and carry the answer.
 """
 
@@ -75,7 +75,9 @@ def quantise(
     def visit(builder: relax.BlockBuilder, var: relax.Var, call: relax.Call) -> relax.Expr:
         if var in layers:
             weight = _integer_weight(graph, builder, var, graph.values[var].args[1])
-            found = {"per_token": True} if var in dynamic else _input_scale(seen, graph.values[var].args[0].name, config)
+            found = (
+                {"per_token": True} if var in dynamic else _input_scale(seen, graph.values[var].args[0].name, config)
+            )
             return dialect.dense(call.args[0], weight, *call.args[2:], **attributes(call), **found)
         if var in attentions:
             parts = seen[graph.values[var].args[0].name]
@@ -84,6 +86,9 @@ def quantise(
                 for part, observation in zip("qkv", parts, strict=True)
             }
             return dialect.self_attention(*call.args, **attributes(call), **scales)
+        if is_call(call, dialect.EMBED):
+            words = _integer_weight(graph, builder, var, graph.values[var].args[3])
+            return dialect.embed(*call.args[:3], words, *call.args[4:], **attributes(call))
         return call
 
     return rewrite(module, visit)
@@ -128,7 +133,9 @@ def _integer_weight(graph: Graph, builder: relax.BlockBuilder, var: relax.Var, w
     if is_call(made, dialect.QUANTIZED_WEIGHT):
         return builder.emit(dialect.quantized_weight(*made.args))
     values, scale = quantise_weight(graph.constant(made))
-    return builder.emit(dialect.quantized_weight(relax.const(values), relax.const(scale)), name_hint=var.name + "_weight")
+    return builder.emit(
+        dialect.quantized_weight(relax.const(values), relax.const(scale)), name_hint=var.name + "_weight"
+    )
 
 
 def quantise_weight(weight: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

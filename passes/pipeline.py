@@ -1,0 +1,103 @@
+"""The order of the passes: a table of contents of what Whet does to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tvm import IRModule
+from whet.schedules.isa import Isa
+
+from .choose_kernels import Choice, choose_kernels
+from .fuse_activations import fuse_activations
+from .fuse_qkv import fuse_qkv
+from .fuse_residuals import fuse_residuals
+from .lower import Lowered, lower
+from .pad_heads import pad_heads
+from .prune_blocks import prune_blocks
+from .quantise import QuantisationConfig, quantise
+
+
+class Progress(Protocol):
+    """Told of every phase as it runs; the default tells nobody."""
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Callable[[int], None]]:
+        """Enter a phase; the value it gives takes the count done so far, up to ``total``."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user decides about the passes."""
+
+    isa: Isa
+    max_length: int
+    max_tokens: int
+    quantisation: QuantisationConfig | None
+    """None compiles everything in float32."""
+    sparsity: float = 0.0
+    """One-shot block pruning before quantisation, for experiments."""
+    block_rows: int = 4
+    dump_ir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The lowered module and what was decided on the way."""
+
+    lowered: Lowered
+    choices: list[Choice]
+
+
+def run_pipeline(
+    module: IRModule,
+    options: Options,
+    requests: Sequence[np.ndarray[Any, Any]],
+    token_types: Sequence[np.ndarray[Any, Any]],
+    progress: Progress,
+) -> Compiled:
+    """From a dialect graph to kernel calls. ``requests`` (1-D token ids) are what calibration runs."""
+    dump = _Dump(options.dump_ir)
+    choices: list[Choice] = []
+    dump(module, "imported")
+
+    with progress.phase("1 fuse"):
+        for fuse in (fuse_qkv, fuse_activations, fuse_residuals, pad_heads):
+            module = fuse(module)
+            dump(module, fuse.__name__)
+
+    if options.sparsity:
+        with progress.phase(f"2 prune {options.sparsity:.0%} in {options.block_rows} × 4 blocks"):
+            module = prune_blocks(module, options.sparsity, options.block_rows)
+            dump(module, "prune_blocks")
+
+    if options.quantisation is not None:
+        with progress.phase("3 calibrate and quantise", len(requests)) as advance:
+            module = quantise(module, options.quantisation, requests, token_types, advance)
+            dump(module, "quantise")
+        with progress.phase("4 choose kernels"):
+            module, choices = choose_kernels(module, options.isa)
+            dump(module, "choose_kernels")
+
+    with progress.phase("5 lower to kernels"):
+        lowered = lower(module, options.isa, options.max_tokens, options.max_length)
+        dump(lowered.module, "lower")
+    return Compiled(lowered, choices)
+
+
+class _Dump:
+    """Writes the module after each step, numbered, if a folder was given."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.count = 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, module: IRModule, name: str) -> None:
+        if self.folder is not None:
+            (self.folder / f"{self.count:02d}_{name}.py").write_text(module.script(show_meta=False))
+            self.count += 1

@@ -1,0 +1,303 @@
+"""``whet.compile``: from a model to one ``.so``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import tvm
+from tokenizers import Tokenizer
+from tvm import relax
+
+from whet.frontend.model import Model, Task
+from whet.link import find_compiler, write_module
+from whet.passes.choose_kernels import Choice
+from whet.passes.dialect import Pooling, shape_of
+from whet.passes.pipeline import Options, Progress, run_pipeline
+from whet.passes.quantise import QuantisationConfig
+from whet.runtime.metadata import Metadata, Output
+from whet.schedules.isa import ISAS, Isa, host_isa
+from whet.schedules.isa import isa as isa_by_name
+
+Precision: TypeAlias = Literal["int8", "fp32"]
+Text: TypeAlias = "str | tuple[str, str]"
+Requests: TypeAlias = list[np.ndarray[Any, Any]]
+
+MAX_TOKENS = 1024
+"""Tokens a call takes at once; larger batches are cut. Activations of so many tokens still fit the caches."""
+
+CALIBRATION_TOKENS = 128
+"""Calibration texts are cut here: longer ones cost time and show nothing new."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compiled and how; ``print(report)`` shows it, ``to_json`` gives it to scripts."""
+
+    output: str
+    size: int
+    """Bytes of the file."""
+    name: str
+    task: str
+    precision: str
+    isa: str
+    recognised: bool
+    """Whether the model became the encoder dialect; else it runs as plain fp32 ops."""
+    layers: tuple[Choice, ...]
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+
+    def to_json(self) -> str:
+        """The report as one JSON object."""
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        lines = [f"{self.output}: {self.name}, {self.task}, {self.precision} for {self.isa}, {self.size / 1e6:.1f} MB"]
+        lines += explain_layers(self.layers)
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+
+def explain_layers(layers: Sequence[Choice]) -> list[str]:
+    """One line per integer dense layer: its zeros, the kernel chosen, and how the candidates were judged."""
+    lines = []
+    for layer in layers:
+        kernel = f"{layer.block_rows}x4 sparse" if layer.block_rows else "dense"
+        chosen = f"{layer.block_rows}x4" if layer.block_rows else "dense"
+        others = ", ".join(f"{n} {c / layer.cycles[chosen]:.2f}×" for n, c in layer.cycles.items() if n != chosen)
+        shape = f"{layer.out_features} × {layer.in_features}"
+        lines.append(f"  {layer.layer:32} {shape:>12} {layer.zeros:6.1%} zeros → {kernel:12} ({others})")
+    return lines
+
+
+def compile(
+    source: str | PathLike[str] | object,
+    output: str | PathLike[str],
+    precision: Precision = "int8",
+    *,
+    calibration: Sequence[Text] | None = None,
+    quantisation: QuantisationConfig | None = None,
+    isa: str = "host",
+    task: Task | None = None,
+    pooling: Pooling | None = None,
+    tokenizer: Any = None,
+    sparsity: float = 0.0,
+    block_rows: int = 4,
+    max_length: int | None = None,
+    dump_ir: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compile a transformer encoder to one loadable ``.so``.
+
+    Args:
+        source: a Hugging Face folder (config.json, safetensors), an ONNX file, or an in-memory transformers model.
+        output: the file to write; it appears only when it is complete.
+        precision: ``"int8"``, or ``"fp32"`` as the reference.
+        calibration: texts, or pairs of texts, like the ones the model will see; default: texts that ship with Whet.
+        quantisation: how activations become integers (int8 only).
+        isa: ``"host"`` or a name in ``whet.schedules.isa.ISAS``.
+        task: overrides what the source says (ONNX says little).
+        pooling: makes an embedding model of a source that has no head.
+        tokenizer: for in-memory models and ONNX files: a tokenizer object or a folder with ``tokenizer.json``.
+        sparsity: share of blocks to prune by magnitude before quantisation. For experiments with speed; it costs accuracy.
+        block_rows: height R of the R × 4 blocks of ``sparsity``.
+        max_length: shorter limit for a request than the model's, in tokens.
+        dump_ir: folder for the module after each pass.
+        progress: told of every phase.
+
+    Returns:
+        What was decided per layer, notes, size and times.
+
+    Raises:
+        ValueError: an argument or the source can't be compiled; the message names the value and what was expected.
+        FileNotFoundError: no such source or output folder, or no C compiler.
+
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}; expected 'int8' or 'fp32'")
+    if precision == "fp32" and quantisation is not None:
+        raise ValueError("quantisation is given, but precision is 'fp32'; leave one of them out")
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity is {sparsity}; expected a share of at least 0 and below 1")
+    target = _isa(isa)
+    output = Path(output)
+    if not output.resolve().parent.is_dir():
+        raise FileNotFoundError(f"the folder {output.parent} does not exist; create it, or name another output")
+    find_compiler()
+    clock = _Clock(progress or Silent())
+
+    with clock.phase("import"):
+        model = import_model(source, task=task, pooling=pooling, tokenizer=tokenizer)
+        limit = _length_limit(model, max_length)
+    max_tokens = -(-max(MAX_TOKENS, limit) // 16) * 16
+    choices: list[Choice] = []
+    if model.dialect:
+        requests, token_types = _requests(model, calibration, limit) if precision == "int8" else ([], [])
+        options = Options(
+            isa=target,
+            max_length=limit,
+            max_tokens=max_tokens,
+            quantisation=(quantisation or QuantisationConfig()) if precision == "int8" else None,
+            sparsity=sparsity,
+            block_rows=block_rows,
+            dump_ir=Path(dump_ir) if dump_ir is not None else None,
+        )
+        compiled = run_pipeline(model.module, options, requests, token_types, clock)
+        module, weights, choices = compiled.lowered.module, compiled.lowered.weights, compiled.choices
+    else:
+        from whet.passes.lift_constants import lift_constants  # noqa: PLC0415 - only plain graphs need it
+
+        with clock.phase("lift constants"):
+            module, weights = lift_constants(model.module)
+
+    with clock.phase("generate code"), tvm.transform.PassContext(opt_level=3):
+        executable = relax.build(module, tvm.target.Target(target.target))
+    with clock.phase("link"):
+        metadata = _metadata(model, module, precision if model.dialect else "fp32", target, limit, max_tokens, choices)
+        write_module(executable, metadata, dict(weights), model.tokenizer_json, output)
+    return Report(
+        output=fspath(output),
+        size=output.stat().st_size,
+        name=model.name,
+        task=model.task,
+        precision=metadata.precision,
+        isa=target.name,
+        recognised=model.dialect,
+        layers=tuple(choices),
+        notes=model.notes,
+        seconds=clock.seconds,
+    )
+
+
+def import_model(
+    source: str | PathLike[str] | object,
+    *,
+    task: Task | None = None,
+    pooling: Pooling | None = None,
+    tokenizer: Any = None,
+) -> Model:
+    """Import ``source`` with the frontend that knows its kind."""
+    if not isinstance(source, str | PathLike):
+        from whet.frontend.huggingface import from_transformers  # noqa: PLC0415 - one frontend is needed, not all
+
+        return from_transformers(source, tokenizer, pooling=pooling)
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face folder or an ONNX file")
+    if path.is_dir():
+        from whet.frontend.huggingface import from_folder  # noqa: PLC0415
+
+        return from_folder(path, pooling=pooling)
+    if path.suffix == ".onnx":
+        from whet.frontend.onnx import from_onnx  # noqa: PLC0415
+
+        return from_onnx(path, tokenizer=tokenizer, task=task)
+    raise ValueError(f"{path} is neither a folder nor an .onnx file; expected a Hugging Face folder or an ONNX file")
+
+
+def default_calibration() -> list[str]:
+    """The texts that ship with Whet: plain English sentences of many kinds and lengths."""
+    return (files("whet") / "calibration.txt").read_text(encoding="utf-8").splitlines()
+
+
+def _isa(name: str) -> Isa:
+    if name != "host" and name not in ISAS:
+        raise ValueError(f"isa is {name!r}; expected 'host' or one of {', '.join(ISAS)}")
+    return host_isa() if name == "host" else isa_by_name(name)
+
+
+def _length_limit(model: Model, max_length: int | None) -> int:
+    if max_length is None:
+        return model.max_length
+    if not 2 <= max_length <= model.max_length:
+        raise ValueError(f"max_length is {max_length}; expected 2 to {model.max_length}, the limit of {model.name}")
+    return max_length
+
+
+def _requests(model: Model, texts: Sequence[Text] | None, limit: int) -> tuple[Requests, Requests]:
+    """Token ids and token types of the calibration texts; random ids where the model has no tokenizer."""
+    if model.tokenizer_json is None:
+        if texts is not None:
+            raise ValueError(
+                "calibration texts were given, but the model has no tokenizer to read them with; pass tokenizer="
+            )
+        random = np.random.default_rng(0)
+        ids = [random.integers(0, model.vocab_size, n) for n in random.integers(4, min(limit, 64) + 1, 64)]
+        return ids, [np.zeros_like(i) for i in ids]
+    if texts is not None and not len(texts):
+        raise ValueError("calibration is empty; give at least one text, or leave it out")
+    tokenizer = Tokenizer.from_str(model.tokenizer_json)
+    tokenizer.enable_truncation(min(limit, CALIBRATION_TOKENS))
+    encoded = tokenizer.encode_batch(list(texts) if texts is not None else default_calibration())
+    types = [np.asarray(e.type_ids) if model.type_vocab_size > 1 else np.zeros(len(e.ids), int) for e in encoded]
+    return [np.asarray(e.ids) for e in encoded], types
+
+
+def _metadata(
+    model: Model,
+    module: tvm.IRModule,
+    precision: str,
+    target: Isa,
+    limit: int,
+    max_tokens: int,
+    choices: Sequence[Choice],
+) -> Metadata:
+    function = module["main"]
+    first, channels = shape_of(function.body)[0], 1
+    if model.dialect:
+        channels = int(shape_of(function.body)[1])
+    per = "token" if first.same_as(function.params[0].ty.shape[0]) else "request"
+    return Metadata(
+        whet=version("whet"),
+        tvm_ffi=version("apache-tvm-ffi"),
+        name=model.name,
+        task=model.task,
+        convention="packed" if model.dialect else "padded",
+        inputs=model.inputs,
+        vocab_size=model.vocab_size,
+        max_length=limit,
+        type_vocab_size=model.type_vocab_size,
+        pad_token_id=model.pad_token_id,
+        labels=model.labels,
+        output=Output(per, channels),
+        precision=precision,
+        isa=target.name,
+        cpu_flags=target.cpu_flags,
+        max_tokens=max_tokens,
+        report=tuple(asdict(c) for c in choices),
+        notes=model.notes,
+    )
+
+
+class Silent:
+    """Progress that tells nobody."""
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """Run the phase."""
+        del name, total
+        yield lambda _done: None
+
+
+class _Clock:
+    """Passes phases on and notes how long each took."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        start = time.perf_counter()
+        inner: AbstractContextManager[Callable[[int], None]] = self.progress.phase(name, total)
+        with inner as advance:
+            yield advance
+        self.seconds[name] = time.perf_counter() - start

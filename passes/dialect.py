@@ -129,7 +129,7 @@ def dense(
 ) -> relax.Call:
     """``activation(weight · x + bias) + residual`` per token.
 
-    Tiles ``(t, K, 16)``, weight ``(N, K)``, bias ``(N,)``, and optionally tiles ``(t, N, 16)``, to tiles ``(t, N, 16)``.
+    Tiles ``(t, K, 16)``, weight ``(N, K)``, bias ``(N,)``, and optionally tiles ``(t, N, 16)``, to the last of these.
     ``quantise`` adds the attributes ``x_scale``, ``x_zero`` or ``per_token``; ``choose_kernels`` adds ``block_rows``.
     """
     _check("activation", activation, Activation)
@@ -176,7 +176,7 @@ def add(x: relax.Expr, y: relax.Expr) -> relax.Call:
 
 
 def pool(x: relax.Expr, segments: relax.Expr, *, mode: Pooling) -> relax.Call:
-    """One column per request: tiles ``(t, C, 16)`` and segments ``(g, 16, 2)`` to ``(g, C, 16)``; empty segments give 0."""
+    """One column per request: tiles ``(t, C, 16)`` to ``(g, C, 16)`` for segments ``(g, 16, 2)``; empty ones give 0."""
     _check("mode", mode, Pooling)
     return _call(POOL, [x, segments], mode=mode)
 

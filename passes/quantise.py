@@ -4,8 +4,8 @@ Before: fp32 dialect after ``fuse_qkv``, ``fuse_activations`` and ``fuse_residua
 be integer has a ``quantized_weight`` and the attributes ``x_scale`` and ``x_zero`` (or ``per_token``, where its input
 comes from a layer norm or an embedding and the configuration asks for it); every self-attention between two such layers
 has ``q_scale``, ``k_scale`` and ``v_scale``. Weights are symmetric per output channel, word embeddings per row; those
-that were integers in the source stay as they are. Small heads (fewer than 32 outputs) and layers that see one column per request stay fp32: they cost
-next to nothing and carry the answer.
+that were integers in the source stay as they are. Small heads (fewer than 32 outputs) and layers that see one column
+per request stay fp32: they cost next to nothing and carry the answer.
 """
 
 from __future__ import annotations

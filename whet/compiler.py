@@ -107,7 +107,7 @@ def compile(
         task: overrides what the source says (ONNX says little).
         pooling: makes an embedding model of a source that has no head.
         tokenizer: for in-memory models and ONNX files: a tokenizer object or a folder with ``tokenizer.json``.
-        sparsity: share of blocks to prune by magnitude before quantisation. For experiments with speed; it costs accuracy.
+        sparsity: share of blocks to prune by magnitude before quantisation, for experiments with speed.
         block_rows: height R of the R × 4 blocks of ``sparsity``.
         max_length: shorter limit for a request than the model's, in tokens.
         dump_ir: folder for the module after each pass.

@@ -1,0 +1,173 @@
+"""Element-wise kernels on tiles: activation, sum, quantisation to quads.
+
+The quantisation to quads is also the tail of other kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from whet.schedules.gemm import named, parameter
+from whet.schedules.isa import TILE, Isa, pack4, quantize, splat, view
+from whet.schedules.vector_math import ACTIVATIONS
+
+QUAD = 4
+"""Channels in a quad."""
+
+Quantization: TypeAlias = Literal["none", "static", "per_token"]
+"""Whether a kernel writes quads too: none; with the scale and zero point in requant; with some of each token's own."""
+
+_SMALLEST_RANGE = 1e-30
+"""What a token whose channels are all zero is quantised with."""
+
+
+@dataclass(frozen=True)
+class ActivateSpec:
+    """Activation ``kind`` (see whet.passes.dialect) of tiles: arguments x, out ``(nt, C, 16)`` float32."""
+
+    channels: int
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in ACTIVATIONS:
+            raise ValueError(f"kind is {self.kind!r}; expected one of {', '.join(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True)
+class AddSpec:
+    """Sum of two tiles: arguments x, y, out ``(nt, C, 16)`` float32."""
+
+    channels: int
+
+
+@dataclass(frozen=True)
+class QuantizeSpec:
+    """Tiles to quads.
+
+    Static: arguments x ``(nt, C, 16)`` float32, requant ``(2,)`` float32 (1/s and zero point), quads
+    ``(nt, C/4, 16, 4)`` uint8. Per token: x, quads, token_params ``(nt, 2, 16)`` float32 (s and s × zero point of each
+    token).
+    """
+
+    channels: int
+    mode: Quantization = "static"
+
+    def __post_init__(self) -> None:
+        if self.mode == "none":
+            raise ValueError("mode is 'none'; expected 'static' or 'per_token'")
+        check_quads(self.channels)
+
+
+def check_quads(channels: int) -> None:
+    """Raise ValueError unless the channels fill quads."""
+    if channels % QUAD:
+        raise ValueError(f"channels is {channels}; quads need a multiple of {QUAD}, so pad the channels")
+
+
+def lanes_of(part: Any, isa: Isa) -> Any:
+    """Index of the lanes of one vector of a tile."""
+    return T.ramp(part * isa.lanes, 1, isa.lanes)
+
+
+def declare_quads(quantization: Quantization, tiles: Any, channels: int) -> tuple[Any, Any]:
+    """Declare the outputs quads and token_params, None where there are none."""
+    if quantization == "none":
+        return None, None
+    quads = parameter("quads", (tiles, channels // QUAD, TILE, QUAD), "uint8")
+    params = parameter("token_params", (tiles, 2, TILE), "float32") if quantization == "per_token" else None
+    return quads, params
+
+
+def words(quads: Any) -> Any:
+    """Show quads as int32 ``(nt, C/4, 16)``: the four channels of a token are one value."""
+    return named("words", view(quads, quads.shape[:3], "int32"))
+
+
+def quantize_rows(rows: Sequence[Any], inverse: Any, zero: Any, isa: Isa) -> Any:
+    """Four float32 vectors, the channels of a quad, to one int32 vector of quads."""
+    return pack4([quantize(row, inverse, zero, isa.lanes) for row in rows], isa.lanes)
+
+
+def token_range(low: Any, high: Any, isa: Isa) -> tuple[Any, Any, Any]:
+    """Scale, its reciprocal and the zero point for tokens whose channels lie in [low, high].
+
+    Asymmetric over the range with 0 in it, as ONNX's DynamicQuantizeLinear defines it.
+    """
+    lanes = isa.lanes
+    nothing = splat(0.0, lanes)
+    low, high = T.Bind(T.min(low, nothing)), T.Bind(T.max(high, nothing))
+    scale = T.Bind(T.max(high - low, splat(_SMALLEST_RANGE, lanes)) / splat(255.0, lanes))
+    inverse = T.Bind(splat(1.0, lanes) / scale)
+    zero = T.call_llvm_pure_intrin(f"float32x{lanes}", "llvm.nearbyint", -(low * inverse))
+    return scale, inverse, T.Bind(T.min(zero, splat(255.0, lanes)))
+
+
+def quantize_tokens(
+    x: Any, low: Any, high: Any, *, quads: Any, token_params: Any, tile: Any, part: Any, isa: Isa
+) -> None:
+    """Quantise the tokens of one vector of a tile, whose channels lie in [low, high], each with its own range."""
+    at = lanes_of(part, isa)
+    scale, inverse, zero = token_range(low, high, isa)
+    T.buffer_store(token_params, scale, [tile, 0, at])
+    T.buffer_store(token_params, scale * zero, [tile, 1, at])
+    with T.serial(x.shape[1] // QUAD) as quad:
+        rows = [x[tile, quad * QUAD + i, at] for i in range(QUAD)]
+        T.buffer_store(quads, quantize_rows(rows, inverse, zero, isa), [tile, quad, at])
+
+
+def elementwise(spec: ActivateSpec | AddSpec | QuantizeSpec, isa: Isa) -> tirx.PrimFunc:
+    """Kernel of an element-wise operation; the arguments are the specification's."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(type(spec).__name__.removesuffix("Spec").lower())
+            tiles = named("tiles", T.int64())
+            x = parameter("x", (tiles, spec.channels, TILE), "float32")
+            if isinstance(spec, QuantizeSpec):
+                _quantize(spec, isa, x, tiles)
+            else:
+                _map(spec, isa, x, tiles)
+        return builder.get()
+
+
+def _map(spec: ActivateSpec | AddSpec, isa: Isa, x: Any, tiles: Any) -> None:
+    y: Any = parameter("y", x.shape, "float32") if isinstance(spec, AddSpec) else None
+    out = parameter("out", x.shape, "float32")
+    with T.sblock("root"):
+        T.reads()
+        T.writes()
+        with T.parallel(tiles) as tile, T.serial(spec.channels) as c, T.serial(isa.parts) as part:
+            at = [tile, c, lanes_of(part, isa)]
+            value = ACTIVATIONS[spec.kind](x[at], isa.lanes) if isinstance(spec, ActivateSpec) else x[at] + y[at]
+            T.buffer_store(out, value, at)
+
+
+def _quantize(spec: QuantizeSpec, isa: Isa, x: Any, tiles: Any) -> None:
+    requant = parameter("requant", (2,), "float32") if spec.mode == "static" else None
+    quads, token_params = declare_quads(spec.mode, tiles, spec.channels)
+    lanes = isa.lanes
+    with T.sblock("root"):
+        T.reads()
+        T.writes()
+        quads = words(quads)
+        with T.parallel(tiles) as tile, T.serial(isa.parts) as part:
+            at = lanes_of(part, isa)
+            if requant is None:
+                low, high = isa.register("float32"), isa.register("float32")
+                for register in (low, high):
+                    T.buffer_store(register, splat(0.0, lanes), [0])
+                with T.serial(spec.channels) as c:
+                    T.buffer_store(low, T.min(low[0], x[tile, c, at]), [0])
+                    T.buffer_store(high, T.max(high[0], x[tile, c, at]), [0])
+                quantize_tokens(
+                    x, low[0], high[0], quads=quads, token_params=token_params, tile=tile, part=part, isa=isa
+                )
+            else:
+                inverse, zero = (T.Bind(splat(requant[i], lanes)) for i in (0, 1))
+                with T.serial(spec.channels // QUAD) as quad:
+                    rows = [x[tile, quad * QUAD + i, at] for i in range(QUAD)]
+                    T.buffer_store(quads, quantize_rows(rows, inverse, zero, isa), [tile, quad, at])

@@ -216,5 +216,5 @@ def _unused_notes(family: Family, weights: Weights) -> list[str]:
     unused = [name for name in weights.unused() if not name.endswith(family.silent)]
     if not unused:
         return []
-    shown = ", ".join(unused[:4]) + (", …" if len(unused) > 4 else "")
-    return [f"{len(unused)} tensors of {weights.source} are not used: {shown}."]
+    more = f" and {len(unused) - 4} more" if len(unused) > 4 else ""
+    return [f"Unused tensors in {weights.source}: {', '.join(unused[:4])}{more}."]

@@ -1,0 +1,47 @@
+"""Dense layers: what a layer is, and the one entry to the kernels for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from whet.schedules import dense_f32, dense_i8, sparse_i8
+from whet.schedules.dense_spec import BLOCK_ROWS, DenseSpec, Output, Weight
+from whet.schedules.gemm import Blocking
+from whet.schedules.isa import Isa
+
+__all__ = ["BLOCK_ROWS", "DenseKernel", "DenseSpec", "Output", "Weight", "dense"]
+
+
+@dataclass(frozen=True)
+class DenseKernel:
+    """A kernel for one layer shape.
+
+    ``func`` takes x, the packed weight arrays, scale f32 (N,) [int8 only], bias f32 (N,), [row_sums f32 (N,) and
+    token_params f32 (tiles, 2, 16) if per_token], [residual tiles], [requant f32 (2,) = 1/s, zero if output is quads],
+    and the output (three of them for "heads").
+    """
+
+    spec: DenseSpec
+    isa: Isa
+    knobs: Blocking
+    func: Any
+    pack: Callable[[np.ndarray], list[np.ndarray]]
+    """From a weight (N, K), float32 or int8, to the packed arrays in the order that ``func`` takes them."""
+
+
+def dense(spec: DenseSpec, isa: Isa, knobs: Blocking | None = None) -> DenseKernel:
+    """Generate the kernel for a layer; ``knobs`` default to what is good on ``isa``."""
+    family = {"f32": dense_f32, "i8": dense_i8, "i8_sparse": sparse_i8}[spec.weight]
+    knobs = knobs or family.default_knobs(spec, isa)
+    dtype = np.dtype(np.float32 if spec.weight == "f32" else np.int8)
+
+    def pack(weight: np.ndarray) -> list[np.ndarray]:
+        expected = (spec.out_features, spec.in_features)
+        if weight.shape != expected or weight.dtype != dtype:
+            raise ValueError(f"weight is {weight.dtype} {weight.shape}; expected {dtype} {expected}")
+        return family.pack(weight, spec, knobs)
+
+    return DenseKernel(spec, isa, knobs, family.kernel(spec, isa, knobs), pack)

@@ -1,0 +1,83 @@
+"""Dense layers in float32: the reference path and layers that stay unquantised."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from whet.schedules.dense_spec import QUAD, DenseSpec
+from whet.schedules.epilogue import Epilogue
+from whet.schedules.gemm import (
+    Accumulators,
+    Blocking,
+    Pass,
+    accumulate,
+    loop_nest,
+    named,
+    parameter,
+    tile_offset,
+    vector_at,
+)
+from whet.schedules.isa import TILE, Isa, fma, splat, view
+
+
+def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
+    """Return the register blocking that measured best."""
+    if isa.lanes == 16:
+        return Blocking(rows=8, tiles=3, chains=8, chunk=64)
+    return Blocking(rows=4, tiles=1, chains=8, chunk=64)
+
+
+def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarray]:
+    """``(N, K)`` to ``(ceil(N / rows), K, rows)``: what one step of a pass broadcasts lies together."""
+    return [interleave(weight[:, :, None], knobs.rows)[..., 0]]
+
+
+def interleave(weight: np.ndarray, rows: int) -> np.ndarray:
+    """``(N, steps, item)`` to ``(ceil(N / rows), steps, rows, item)``, with rows of zeros at the end."""
+    n, steps, item = weight.shape
+    padded = np.zeros((math.ceil(n / rows) * rows, steps, item), weight.dtype)
+    padded[:n] = weight
+    return np.ascontiguousarray(padded.reshape(-1, rows, steps, item).transpose(0, 2, 1, 3))
+
+
+def group_rows(spec: DenseSpec, rows: int) -> int:
+    """Rows whose results the epilogue needs together, in whole passes."""
+    return rows if spec.output == "tiles" else math.lcm(rows, QUAD)
+
+
+def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
+    """Generate the kernel; parameters as in whet.schedules.dense, packed weight f32 ``(passes, K, rows)``."""
+    n, k, rows = spec.out_features, spec.in_features, knobs.rows
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(f"dense_f32_{n}x{k}")
+        tiles = T.int64()
+        x = parameter("x", (tiles, k, TILE), "float32")
+        weight = parameter("weight", (math.ceil(n / rows), k, rows), "float32")
+        epilogue = Epilogue.declare(spec, isa, tiles)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            flat = named("flat", view(x, (tile_offset(k, tiles),), "float32"))
+            group = group_rows(spec, rows)
+
+            def reduce(work: Pass, accumulators: Accumulators) -> None:
+                base = named("base", T.Bind(tile_offset(k, work.first_tile)))
+                index = work.group * (group // rows) + work.index
+
+                def step(j: Any, count: int, registers: Accumulators) -> None:
+                    columns = range(work.tiles * isa.parts)
+                    xs = [T.Bind(vector_at(flat, base + j * TILE, c, k * TILE, isa)) for c in columns]
+                    for row in range(count):
+                        w = T.Bind(splat(weight[index, j, row], isa.lanes))
+                        for c in columns:
+                            register = registers[row][c]
+                            T.buffer_store(register, fma(w, xs[c], register[0]), [0])
+
+                accumulate(isa, knobs, work, accumulators, k, step, "float32")
+
+            loop_nest(isa, knobs, tiles, n, group, "float32", reduce, epilogue.emit)
+    return builder.get()

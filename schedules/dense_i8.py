@@ -1,0 +1,73 @@
+"""Dense int8 layers: every quad of every row, u8 activations × s8 weights, accumulated exactly in int32."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from whet.schedules.dense_f32 import group_rows, interleave
+from whet.schedules.dense_spec import QUAD, DenseSpec
+from whet.schedules.epilogue import Epilogue
+from whet.schedules.gemm import (
+    Accumulators,
+    Blocking,
+    Pass,
+    accumulate,
+    loop_nest,
+    named,
+    parameter,
+    tile_offset,
+    vector_at,
+)
+from whet.schedules.isa import TILE, Isa, splat, view
+
+
+def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
+    """Return the register blocking that measured best."""
+    if isa.lanes == 16:
+        return Blocking(rows=4, tiles=6, chains=12, chunk=64)
+    return Blocking(rows=4, tiles=1, chains=8, chunk=64)
+
+
+def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarray]:
+    """``(N, K)`` to ``(ceil(N / rows), K / 4, rows, 4)``: what one step of a pass broadcasts lies together."""
+    return [interleave(weight.reshape(spec.out_features, -1, QUAD), knobs.rows)]
+
+
+def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
+    """Generate the kernel; parameters as in whet.schedules.dense, packed weight s8 ``(passes, K/4, rows, 4)``."""
+    n, quads, rows = spec.out_features, spec.in_features // QUAD, knobs.rows
+    passes = math.ceil(n / rows)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(f"dense_i8_{n}x{spec.in_features}")
+        tiles = T.int64()
+        x = parameter("x", (tiles, quads, TILE, QUAD), "uint8")
+        weight = parameter("weight", (passes, quads, rows, QUAD), "int8")
+        epilogue = Epilogue.declare(spec, isa, tiles)
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            flat = named("flat", view(x, (tile_offset(quads, tiles),), "int32"))
+            words = named("weight_words", view(weight, (passes, quads, rows), "int32"))
+            group = group_rows(spec, rows)
+
+            def reduce(work: Pass, accumulators: Accumulators) -> None:
+                base = named("base", T.Bind(tile_offset(quads, work.first_tile)))
+                index = work.group * (group // rows) + work.index
+
+                def step(j: Any, count: int, registers: Accumulators) -> None:
+                    columns = range(work.tiles * isa.parts)
+                    xs = [T.Bind(vector_at(flat, base + j * TILE, c, quads * TILE, isa)) for c in columns]
+                    for row in range(count):
+                        w = T.Bind(splat(words[index, j, row], isa.lanes))
+                        for c in columns:
+                            register = registers[row][c]
+                            T.buffer_store(register, isa.dot4(register[0], xs[c], w), [0])
+
+                accumulate(isa, knobs, work, accumulators, quads, step, "int32")
+
+            loop_nest(isa, knobs, tiles, n, group, "int32", reduce, epilogue.emit)
+    return builder.get()

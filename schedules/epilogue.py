@@ -1,0 +1,143 @@
+"""What follows the multiplications of a dense layer: scale and bias, activation, residual, and the output's layout.
+
+Shared by all families and instruction sets, so that a layer gives the same bytes whichever kernel computed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+from whet.schedules.dense_spec import QUAD, DenseSpec
+from whet.schedules.gemm import Accumulators, Block, named, parameter
+from whet.schedules.isa import TILE, Isa, clamp, fma, pack4, quantize, round_int, splat, view
+from whet.schedules.vector_math import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """The epilogue's parameters, declared in the order that the kernel takes them, and the code that uses them."""
+
+    layer: DenseSpec
+    isa: Isa
+    scale: Any
+    bias: Any
+    row_sums: Any
+    token_params: Any
+    residual: Any
+    requant: Any
+    outputs: tuple[Any, ...]
+
+    @staticmethod
+    def declare(layer: DenseSpec, isa: Isa, tiles: Any) -> Epilogue:
+        """Declare scale, bias, row_sums, token_params, residual, requant (those the layer has) and the outputs."""
+        n = layer.out_features
+        integer = layer.weight != "f32"
+        return Epilogue(
+            layer,
+            isa,
+            scale=parameter("scale", (n,), "float32") if integer else None,
+            bias=parameter("bias", (n,), "float32"),
+            row_sums=parameter("row_sums", (n,), "float32") if layer.per_token else None,
+            token_params=parameter("token_params", (tiles, 2, TILE), "float32") if layer.per_token else None,
+            residual=parameter("residual", (tiles, n, TILE), "float32") if layer.residual else None,
+            requant=parameter("requant", (2,), "float32") if layer.output == "quads" else None,
+            outputs=_declare_outputs(layer, tiles),
+        )
+
+    def emit(self, block: Block) -> None:
+        """Store one group of finished rows."""
+        if self.layer.output == "tiles":
+            for row in range(len(block.accumulators)):
+                self._rows(block, row, [row], self._store_row)
+            return
+        store = self._store_quad if self.layer.output == "quads" else self._store_head
+        for row in range(0, len(block.accumulators), QUAD):
+            self._rows(block, row, list(range(row, row + QUAD)), store)
+
+    def _rows(self, block: Block, first: int, rows: list[int], store: Callable[..., None]) -> None:
+        """Compute the values of a few rows, one vector at a time, and hand them to ``store``."""
+        lanes = self.isa.lanes
+        constants = [self._row_constants(block.first_row + row) for row in rows]
+        for column in range(block.tiles * self.isa.parts):
+            tile, part = divmod(column, self.isa.parts)
+            where = (block.first_tile + tile, T.ramp(part * lanes, 1, lanes))
+            values = []
+            for row, of_row in zip(rows, constants, strict=True):
+                y = self._value(block.accumulators, row, column, of_row, where)
+                y = ACTIVATIONS[self.layer.activation](y, lanes)
+                if self.layer.residual:
+                    y = y + self.residual[where[0], block.first_row + row, where[1]]
+                values.append(T.Bind(y))
+            store(block.first_row + first, where, values)
+
+    def _row_constants(self, row: Any) -> tuple[Any, ...]:
+        buffers = (self.bias, self.scale, self.row_sums)
+        return tuple(T.Bind(splat(b[row], self.isa.lanes)) for b in buffers if b is not None)
+
+    def _value(self, accumulators: Accumulators, row: int, column: int, of_row: tuple[Any, ...], where: Any) -> Any:
+        """The layer's result before its activation."""
+        lanes = self.isa.lanes
+        acc = accumulators[row][column][0]
+        if self.layer.weight == "f32":
+            return acc + of_row[0]
+        acc = T.cast(acc, f"float32x{lanes}")
+        if not self.layer.per_token:
+            return fma(acc, of_row[1], of_row[0])
+        bias, scale, row_sum = of_row
+        token_scale, token_zero = (self.token_params[where[0], i, where[1]] for i in (0, 1))
+        return fma(fma(acc, token_scale, -(row_sum * token_zero)), scale, bias)
+
+    def _store_row(self, row: Any, where: Any, values: list[Any]) -> None:
+        T.buffer_store(self.outputs[0], values[0], [where[0], row, where[1]])
+
+    def _store_quad(self, row: Any, where: Any, values: list[Any]) -> None:
+        lanes = self.isa.lanes
+        inverse, zero = (splat(self.requant[i], lanes) for i in (0, 1))
+        packed = pack4([quantize(y, inverse, zero, lanes) for y in values], lanes)
+        T.buffer_store(_words(self.outputs[0]), packed, [where[0], row // QUAD, where[1]])
+
+    def _store_head(self, row: Any, where: Any, values: list[Any]) -> None:
+        """Rows 0…H are Q, then K, then V; a quad of rows is all of one of them."""
+        lanes = self.isa.lanes
+        hidden = self.layer.out_features // 3
+        q, k, v = self.outputs
+
+        def signed(y: Any) -> Any:
+            return round_int(clamp(y, -127, 127, lanes), lanes)
+
+        with T.If(row < hidden):
+            with T.Then():
+                one, zero = splat(1.0, lanes), splat(128.0, lanes)
+                packed = pack4([quantize(y, one, zero, lanes) for y in values], lanes)
+                T.buffer_store(_words(q), packed, [where[0], row // QUAD, where[1]])
+            with T.Else(), T.If(row < 2 * hidden):
+                with T.Then():
+                    low = splat(255, lanes, "int32")
+                    packed = pack4([signed(y) & low for y in values], lanes)
+                    T.buffer_store(_words(k), packed, [where[0], (row - hidden) // QUAD, where[1]])
+                with T.Else():
+                    for i, y in enumerate(values):
+                        narrow = T.cast(signed(y), f"int8x{lanes}")
+                        T.buffer_store(v, narrow, [where[0], row - 2 * hidden + i, where[1]])
+
+
+def _declare_outputs(layer: DenseSpec, tiles: Any) -> tuple[Any, ...]:
+    n = layer.out_features
+    if layer.output == "tiles":
+        return (parameter("out", (tiles, n, TILE), "float32"),)
+    if layer.output == "quads":
+        return (parameter("out", (tiles, n // QUAD, TILE, QUAD), "uint8"),)
+    hidden = n // 3
+    return (
+        parameter("q", (tiles, hidden // QUAD, TILE, QUAD), "uint8"),
+        parameter("k", (tiles, hidden // QUAD, TILE, QUAD), "int8"),
+        parameter("v", (tiles, hidden, TILE), "int8"),
+    )
+
+
+def _words(quads: Any) -> Any:
+    """Show quads as one int32 per token."""
+    return named("words", view(quads, quads.shape[:3], "int32"))

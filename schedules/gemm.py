@@ -1,0 +1,173 @@
+"""The loop nest that all dense kernels share: a block of accumulators stays in registers over the whole reduction.
+
+Tokens are the vector lanes, so one vector of activations times one broadcast weight adds to 16 tokens of one output
+row. A *pass* computes ``rows`` output rows × ``tiles`` tiles at once. Passes are gathered into *groups*, the rows
+whose results the epilogue needs together (four rows make a quad), and groups into chunks that run in parallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from whet.schedules.isa import TILE, Isa, splat
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """How a kernel uses the registers."""
+
+    rows: int
+    """Output rows whose accumulators are live at once."""
+    tiles: int
+    """Most tiles of 16 tokens handled at once."""
+    chains: int
+    """Accumulators wanted in flight to hide the latency of the multiply-add: with fewer, the reduction is split."""
+    chunk: int
+    """Output rows that are one unit of parallel work, about."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "tiles", "chains", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+
+Accumulators = list[list[Any]]
+"""``[row][column]`` one-vector variables; columns are ``tile * isa.parts + part``."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One reduction: what the family's ``reduce`` gets to know."""
+
+    group: Any
+    """Index of the group (TIR expression)."""
+    index: int
+    """Number of this pass within its group."""
+    rows: int
+    """Rows that exist; fewer than ``Blocking.rows`` only at the end of the matrix."""
+    first_tile: Any
+    tiles: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Finished accumulators: what the epilogue gets to know."""
+
+    first_row: Any
+    """First output row (TIR expression)."""
+    first_tile: Any
+    tiles: int
+    accumulators: Accumulators
+
+
+def named(name: str, value: Any) -> Any:
+    """Give a buffer or variable its name in the printed kernel."""
+    IRBuilder.name(name, value)
+    return value
+
+
+def parameter(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
+    """Declare the next parameter of the kernel under construction."""
+    return named(name, T.match_buffer(T.arg(name, T.handle()), shape, dtype))
+
+
+def accumulate(
+    isa: Isa,
+    blocking: Blocking,
+    work: Pass,
+    accumulators: Accumulators,
+    length: Any,
+    step: Callable[[Any, int, Accumulators], None],
+    dtype: str,
+) -> None:
+    """Run ``step(j, rows, accumulators)`` for j in 0…length; few chains are split over several accumulator sets.
+
+    ``accumulators`` are set, not added to.
+    """
+    columns = work.tiles * isa.parts
+    splits = max(1, min(4, blocking.chains // (work.rows * columns)))
+    zero = splat(0.0 if dtype == "float32" else 0, isa.lanes, dtype)
+    sets = [accumulators]
+    for _ in range(splits - 1):
+        sets.append([[isa.register(dtype) for _ in range(columns)] for _ in range(work.rows)])
+    for registers in sets:
+        for register in (r for row in registers for r in row):
+            T.buffer_store(register, zero, [0])
+    whole = length // splits
+    with T.serial(whole) as j:
+        for s, registers in enumerate(sets):
+            step(j * splits + s, work.rows, registers)
+    if splits > 1 and not (isinstance(length, int) and length % splits == 0):
+        with T.serial(length - whole * splits) as j:
+            step(whole * splits + j, work.rows, accumulators)
+    for registers in sets[1:]:
+        for row, extra in zip(accumulators, registers, strict=True):
+            for register, other in zip(row, extra, strict=True):
+                T.buffer_store(register, register[0] + other[0], [0])
+
+
+def loop_nest(
+    isa: Isa,
+    blocking: Blocking,
+    tiles: Any,
+    out_features: int,
+    group_rows: int,
+    dtype: str,
+    reduce: Callable[[Pass, Accumulators], None],
+    finish: Callable[[Block], None],
+) -> None:
+    """Emit all loops. ``tiles`` is the symbolic number of tiles; ``group_rows`` a multiple of ``blocking.rows``.
+
+    ``reduce`` fills the accumulators of one pass, ``finish`` stores the results of one group.
+    """
+    rows = blocking.rows
+    if group_rows % rows:
+        raise ValueError(f"a group of {group_rows} rows cannot be made of passes of {rows}")
+    groups, rest = divmod(out_features, group_rows)
+    chunks = max(1, round(out_features / blocking.chunk))
+    most = blocking.tiles
+
+    def group(g: Any, valid: int, first: Any, count: int) -> None:
+        done: Accumulators = []
+        for index in range(-(-valid // rows)):
+            work = Pass(g, index, min(rows, valid - index * rows), first, count)
+            registers = [[isa.register(dtype) for _ in range(count * isa.parts)] for _ in range(work.rows)]
+            reduce(work, registers)
+            done += registers
+        finish(Block(g * group_rows, first, count, done))
+
+    def chunk(c: Any, first: Any, count: int) -> None:
+        if groups:
+            begin = named("begin", T.Bind(c * groups // chunks))
+            end = named("end", T.Bind((c + 1) * groups // chunks))
+            with T.serial(end - begin) as g:
+                group(named("group", T.Bind(begin + g)), group_rows, first, count)
+        if rest:
+            with T.If(c == chunks - 1), T.Then():
+                group(groups, rest, first, count)
+
+    # Tile blocks differ by at most one tile, so that none is left with few chains; within one, x stays in cache.
+    blocks = named("blocks", T.Bind((tiles + (most - 1)) // most))
+    with T.parallel(blocks * chunks) as p:
+        b = named("tile_block", T.Bind(p // chunks))
+        c = named("chunk", T.Bind(T.cast(p % chunks, "int32")))
+        first = named("first_tile", T.Bind(b * tiles // blocks))
+        count = named("tile_count", T.Bind((b + 1) * tiles // blocks - first))
+        for size in range(1, most + 1):
+            with T.If(count == size), T.Then():
+                chunk(c, first, size)
+
+
+def vector_at(buffer: Any, base: Any, column: int, stride: int, isa: Isa) -> Any:
+    """Load the vector of ``column`` (tile and part) from flat memory whose tiles are ``stride`` elements apart."""
+    tile, part = divmod(column, isa.parts)
+    return buffer[T.ramp(base + (tile * stride + part * isa.lanes), 1, isa.lanes)]
+
+
+def tile_offset(buffer_channels: int, tile: Any) -> Any:
+    """Elements before a tile when each of its channels has 16 of them."""
+    return tile * (buffer_channels * TILE)

@@ -1,0 +1,94 @@
+"""Integer kernels, dense and block-sparse: exact products over shapes, blocks and token counts."""
+
+import numpy as np
+import pytest
+from oracles_dense import EVERY_ISA, product, random_blocks, run, to_quads
+from whet.schedules import sparse_i8
+from whet.schedules.dense import BLOCK_ROWS, DenseSpec, dense
+from whet.schedules.gemm import Blocking
+from whet.schedules.isa import ISAS
+
+FAMILIES = [("i8", 4), *(("i8_sparse", rows) for rows in BLOCK_ROWS)]
+TILES = (1, 2, 3, 5, 6, 7, 8, 13, 38)  # up to 608 tokens
+
+
+def check(spec, isa, weight, rows, knobs=None):
+    n = spec.out_features
+    got = run(spec, isa, weight, to_quads(rows), [np.ones(n, np.float32), np.zeros(n, np.float32)], knobs)
+    want = product(weight, rows)
+    assert np.abs(want).max() < 1 << 24, "the test cannot see more than float32's integers"
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize(("weight", "block_rows"), FAMILIES)
+def test_products_are_exact_for_any_number_of_tokens(isa, weight, block_rows):
+    rng = np.random.default_rng(block_rows)
+    spec = DenseSpec(50, 68, weight, block_rows)  # 50 is a multiple of no block but 2, 17 quads of no unrolling
+    w = random_blocks(rng, 50, 68, block_rows, 0.4)
+    w[16:32] = 0  # groups without any block
+    for tiles in TILES:
+        check(spec, isa, w, rng.integers(0, 256, (tiles, 68, 16)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize(("weight", "block_rows"), FAMILIES)
+@pytest.mark.parametrize(("n", "k"), [(1, 4), (16, 512), (131, 12)])
+def test_shapes(isa, weight, block_rows, n, k):
+    rng = np.random.default_rng(n)
+    w = random_blocks(rng, n, k, block_rows, 0.5)
+    check(DenseSpec(n, k, weight, block_rows), isa, w, rng.integers(0, 256, (4, k, 16)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize(("weight", "block_rows"), FAMILIES)
+def test_extreme_values_do_not_saturate(isa, weight, block_rows):
+    spec = DenseSpec(50, 68, weight, block_rows)
+    rows = np.full((3, 68, 16), 255, np.uint8)
+    for value in (127, -127, 0):
+        check(spec, isa, np.full((50, 68), value, np.int8), rows)
+    check(spec, isa, np.where(np.arange(68) % 2, 127, -127).astype(np.int8) * np.ones((50, 1), np.int8), rows)
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+def test_knobs_change_the_code_but_not_the_result(isa):
+    rng = np.random.default_rng(3)
+    rows = rng.integers(0, 256, (7, 68, 16)).astype(np.uint8)
+    for knobs in (Blocking(rows=3, tiles=2, chains=24, chunk=8), Blocking(rows=1, tiles=1, chains=1, chunk=1000)):
+        check(DenseSpec(50, 68, "i8"), isa, random_blocks(rng, 50, 68, 4, 0.5), rows, knobs)
+    knobs = Blocking(rows=2, tiles=3, chains=32, chunk=16)
+    check(DenseSpec(50, 68, "i8_sparse", 8), isa, random_blocks(rng, 50, 68, 8, 0.5), rows, knobs)
+
+
+def test_packed_blocks_are_those_that_hold_a_non_zero():
+    weight = np.zeros((5, 12), np.int8)
+    weight[1, 3] = 7  # group 0, quad 0
+    weight[4, 11] = -9  # group 2, of which only the first row exists, quad 2
+    spec = DenseSpec(5, 12, "i8_sparse", 2)
+    indptr, index, blocks = sparse_i8.pack(weight, spec, Blocking(2, 1, 1, 1))
+    assert indptr.tolist() == [0, 1, 1, 2]
+    assert (index.dtype, index.tolist()) == (np.uint16, [0, 2])
+    assert blocks.tolist() == [[[0] * 4, [0, 0, 0, 7]], [[0, 0, 0, -9], [0] * 4]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_features": 6}, "in_features is 6"),
+        ({"out_features": 6, "output": "quads"}, "out_features is 6"),
+        ({"out_features": 8, "output": "heads"}, "out_features is 8"),
+        ({"weight": "f32", "per_token": True}, "per_token"),
+        ({"block_rows": 3}, "block_rows is 3"),
+        ({"activation": "swish"}, "activation is 'swish'"),
+        ({"out_features": 0}, "positive"),
+    ],
+)
+def test_impossible_layers_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DenseSpec(**{"out_features": 12, "in_features": 8, "weight": "i8", **changes})
+
+
+def test_pack_refuses_another_shape():
+    kernel = dense(DenseSpec(8, 8, "i8"), ISAS["avx2"])
+    with pytest.raises(ValueError, match=r"expected int8 \(8, 8\)"):
+        kernel.pack(np.zeros((8, 4), np.int8))

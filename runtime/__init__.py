@@ -23,5 +23,6 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Session:
     Raises:
         FileNotFoundError: there is no such file.
         ArtifactError: it is truncated, corrupt, no Whet module, of another format version, or for another CPU.
+
     """
     return Session(open_artifact(path), threads)

@@ -10,8 +10,9 @@ section                 symbol                 contents
 ======================  =====================  ==========================================================
 
 Each symbol but the last has a ``<symbol>_size``, unsigned 64-bit, for programs that find them with ``dlsym``, and ends
-with a zero byte that the size does not count. This module reads the sections from the mapped file instead: nothing of the file runs before it has been checked, a module
-for another CPU can be inspected, and the weights live as long as any array that looks at them.
+with a zero byte that the size does not count. This module reads the sections from the mapped file instead: nothing of
+the file runs before it has been checked, a module for another CPU can be inspected, and the weights live as long as any
+array that looks at them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-
 from whet.runtime.metadata import ALIGNMENT, ArtifactError, Metadata, Weight
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -68,7 +68,7 @@ class Artifact:
         return self._pages[self._sections[".whet.tokenizer"].text].decode("utf-8") or None
 
     def weights(self) -> list[NDArray[np.generic]]:
-        """Views of the mapped pages, in the order of the weights table. They keep the mapping alive; nothing is copied."""
+        """Return views of the mapped pages, in the order of the weights table; they keep the mapping alive."""
         blob = self._sections[".whet.weights"]
         return [_view(self._pages, blob, weight) for weight in self.metadata.weights]
 
@@ -77,6 +77,7 @@ class Artifact:
 
         Raises:
             ArtifactError: they differ.
+
         """
         span = self._sections[".whet.weights"]
         with memoryview(self._pages) as view:
@@ -90,7 +91,8 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ArtifactError: it is truncated, corrupt, not an x86-64 ELF file, not a Whet module, or of another format version.
+        ArtifactError: it is truncated, corrupt, no x86-64 ELF file, no Whet module, or of another format version.
+
     """
     path = Path(path)
     if not path.is_file():
@@ -127,10 +129,11 @@ def code_digest(pages: mmap.mmap, sections: dict[str, Span]) -> bytes:
 
 
 def find_sections(path: Path, pages: mmap.mmap) -> dict[str, Span]:
-    """The sections of an ELF file that have contents, by name.
+    """Find the sections of an ELF file that have contents, by name.
 
     Raises:
         ArtifactError: not an x86-64 ELF file, or cut off.
+
     """
     magic, _, machine, _, _, _, table, _, _, _, _, entry_size, entries, names = _HEADER.unpack_from(pages)
     if magic[:4] != b"\x7fELF":
@@ -169,7 +172,7 @@ def _view(pages: mmap.mmap, blob: Span, weight: Weight) -> NDArray[np.generic]:
     count = int(np.prod(weight.shape, dtype=np.int64))
     if weight.offset % ALIGNMENT or not 0 <= weight.offset <= blob.size - count * dtype.itemsize:
         raise ArtifactError(
-            f"weight {weight.name} at {weight.offset} with shape {weight.shape} {weight.dtype} does not fit the blob of "
-            f"{blob.size} bytes: the file is corrupt"
+            f"weight {weight.name} at {weight.offset} with shape {weight.shape} {weight.dtype} does not fit "
+            f"the blob of {blob.size} bytes: the file is corrupt"
         )
     return np.frombuffer(pages, dtype, count, blob.offset + weight.offset).reshape(weight.shape)

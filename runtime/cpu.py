@@ -1,4 +1,4 @@
-"""What this machine's CPU can do, checked before any compiled code runs: an unknown instruction would kill the process."""
+"""What this CPU can do, checked before any compiled code runs: an unknown instruction would kill the process."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def check_cpu(required: Collection[str], isa: str) -> None:
 
     Raises:
         ArtifactError: names the missing flags and how to recompile for this machine.
+
     """
     if platform.machine() != "x86_64":
         raise ArtifactError(f"the module holds x86-64 code; this machine is {platform.machine()}")
@@ -49,6 +50,7 @@ def request_amx() -> None:
 
     Raises:
         ArtifactError: the kernel refuses, as old kernels and some sandboxes do.
+
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) != 0:

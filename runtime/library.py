@@ -25,6 +25,7 @@ def load_runtime(folder: Path) -> ctypes.CDLL:
 
     Raises:
         ArtifactError: it is not found, or does not load.
+
     """
     # The pool reads these when it starts. Pinned workers of co-located processes fight for the same cores, and TVM's
     # own 300 000 rounds of spinning (0.1 s) between requests burn the CPU quota of a container.

@@ -42,7 +42,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Metadata:
-    """Everything a runtime has to know about a module; :mod:`whet.link` fills in ``weights`` when it writes the file."""
+    """Everything a runtime has to know about a module; :mod:`whet.link` fills in ``weights``."""
 
     whet: str
     tvm_ffi: str
@@ -82,7 +82,7 @@ class Metadata:
             )
 
     def to_json(self) -> str:
-        """The document, indented: ``strings model.so`` shows it."""
+        """Write the document, indented: ``strings model.so`` shows it."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
     @classmethod
@@ -91,6 +91,7 @@ class Metadata:
 
         Raises:
             ArtifactError: it is not JSON, lacks a field, or has another format version.
+
         """
         try:
             document = json.loads(text)
@@ -100,8 +101,8 @@ class Metadata:
             raise ArtifactError("the metadata is not a JSON object; the file is corrupt: copy it again")
         if document.get("format") != FORMAT:
             raise ArtifactError(
-                f"the module has format {document.get('format')!r} (written by whet {document.get('whet', 'unknown')}), "
-                f"this runtime reads format {FORMAT}: compile the model again, or install the whet that wrote it"
+                f"the module has format {document.get('format')!r} (written by whet {document.get('whet', '?')}), this "
+                f"runtime reads format {FORMAT}: compile the model again, or install the whet that wrote it"
             )
         missing = sorted(f.name for f in fields(cls) if f.name not in document)
         if missing:

@@ -1,306 +1,266 @@
-"""A loaded module: checks what it is given, packs tokens into tiles, runs, unpacks."""
+"""A loaded module: texts in, answers out."""
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import os
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import numpy as np
-import tvm_ffi
-from numpy.typing import ArrayLike, NDArray
-
+from numpy.typing import NDArray
 from whet.runtime.artifact import Artifact
-from whet.runtime.cpu import check_cpu, request_amx
-from whet.runtime.library import load_runtime
-from whet.runtime.metadata import ALIGNMENT, ArtifactError, Metadata
-from whet.runtime.threads import available_cpus, use_threads
+from whet.runtime.engine import Engine
+from whet.runtime.spans import best_answers, merge_windows, sigmoid, softmax, words
+from whet.runtime.text import Text, Tokenizer, check_text, check_texts
 
-TILE = 16
-"""Tokens in a tile, requests in a group; see whet.passes.dialect."""
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
-_CPU, _DEVICE, _POOLED = 1, 0, 2
+_METHODS = {
+    "embedding": "encode",
+    "sequence_classification": "classify",
+    "token_classification": "tag",
+    "question_answering": "answer",
+    "hidden_states": "run",
+}
+_TEXTS_AT_ONCE = 256
+_TAG_OVERLAP = 64
+_ANSWER_WINDOW = 384
+"""Question answering models are fine-tuned on windows of this many tokens; longer ones make them worse."""
 
-Ints = NDArray[np.int32]
-Floats = NDArray[np.float32]
+
+class Label(TypedDict):
+    """A class and its probability."""
+
+    label: str
+    score: float
 
 
-class Session:
-    """A module ready to run, made by :func:`whet.runtime.load`.
+class Tag(TypedDict):
+    """A stretch ``text[start:end]`` of the input with its most probable label."""
 
-    May be called from several threads at once: each gets its own virtual machine, and all share the code and the
-    weights. May be used after a fork. Results are the caller's own arrays; they outlive the session.
+    start: int
+    end: int
+    text: str
+    label: str
+    score: float
+
+
+class Answer(TypedDict):
+    """A stretch ``answer = context[start:end]`` with its probability."""
+
+    answer: str
+    start: int
+    end: int
+    score: float
+
+
+class Session(Engine):
+    """A loaded module, made by :func:`whet.runtime.load`.
+
+    Token ids go to :meth:`run` and :meth:`run_packed`, texts to the method of the model's task: :meth:`encode`,
+    :meth:`classify` or :meth:`score`, :meth:`tag`, :meth:`answer`; any other raises ValueError. Nothing is padded:
+    the answer to a text does not depend on the texts beside it.
+
+    One session may be used from several threads, and in forked children. Its memory is freed when it is deleted, its
+    code stays loaded until the process ends. The weights are pages of the file: all processes that load it share them,
+    and the file must not be overwritten in place while it is in use (``whet.compile`` replaces it instead).
     """
 
     def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise ValueError(
-                f"threads is {threads}; expected at least 1, or None for all CPUs that the process may use"
-            )
-        self.metadata: Metadata = artifact.metadata
-        self.path: Path = artifact.path
-        self.threads: int = threads or available_cpus()
-        check_cpu(self.metadata.cpu_flags, self.metadata.isa)
-        self._runtime = load_runtime(self.path.resolve().parent)
-        if "amx_int8" in self.metadata.cpu_flags:
-            request_amx()
-        self._artifact = artifact
-        self._module = _load_library(artifact)
-        self._weights = tvm_ffi.convert([_tensor(array) for array in artifact.weights()])
-        self._local = threading.local()
-        self._executor: tuple[int, ThreadPoolExecutor] | None = None
-        self._executor_lock = threading.Lock()
+        super().__init__(artifact, threads)
+        self._tokenizer_json = artifact.tokenizer_json
 
-    def __repr__(self) -> str:
-        m = self.metadata
-        return f"<whet.Session {m.name}: {m.task}, {m.precision} for {m.isa}, {self.threads} threads>"
-
-    def run(
-        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, token_type_ids: ArrayLike | None = None
-    ) -> Floats:
-        """Run a padded batch as Hugging Face models take it.
-
-        The mask may have any shape of zeros: padding on either side, or holes. Tokens where it is 0 are neither
-        computed nor seen by others; the position of a token is its column. Pooling by the first token takes the first
-        one that is kept.
+    def encode(self, texts: str | Iterable[str]) -> NDArray[np.float32]:
+        """Embed texts; longer ones are truncated to ``metadata.max_length`` tokens.
 
         Args:
-            input_ids: integers ``(batch, sequence)``.
-            attention_mask: 0 or 1, ``(batch, sequence)``; all 1 if None.
-            token_type_ids: integers ``(batch, sequence)``; all 0 if None.
+            texts: a text, or any number of them.
 
         Returns:
-            float32 ``(batch, channels)``, or ``(batch, sequence, channels)`` with zeros where the mask is 0.
+            float32 ``(texts, channels)``.
 
-        Raises:
-            ValueError: wrong dtype or shape, an id outside the vocabulary, a row that is empty or too long.
         """
-        ids = _integers("input_ids", input_ids, 2)
-        mask = np.ones_like(ids) if attention_mask is None else _integers("attention_mask", attention_mask, 2)
-        types = np.zeros_like(ids) if token_type_ids is None else _integers("token_type_ids", token_type_ids, 2)
-        for name, array in (("attention_mask", mask), ("token_type_ids", types)):
-            if array.shape != ids.shape:
-                raise ValueError(f"{name} has shape {array.shape}, input_ids {ids.shape}; expected the same")
-        _check_range("attention_mask", mask, 2)
-        kept = mask.astype(np.bool_)
-        lengths = kept.sum(axis=1)
-        if len(ids) and not lengths.all():
-            raise ValueError(f"row {int(np.argmin(lengths))} has no token; expected at least one where the mask is 1")
-        columns = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)[kept]
-        self._check_tokens(ids[kept], columns, types[kept])
-        if self.metadata.convention == "padded":
-            return self._run_padded({"input_ids": ids, "attention_mask": mask, "token_type_ids": types}, kept)
-        packed = self._run_split(ids[kept], lengths, columns, types[kept])
-        if self.metadata.output.per == "request":
-            return packed
-        out = np.zeros((*ids.shape, packed.shape[1]), np.float32)
-        out[kept] = packed
-        return out
+        self._expect("encode", "embedding")
+        return self._rows(check_texts(texts, pairs=False))
 
-    def run_packed(
+    @overload
+    def classify(self, texts: Text | Iterable[Text]) -> list[Label]: ...
+    @overload
+    def classify(self, texts: Text | Iterable[Text], top_k: int) -> list[list[Label]]: ...
+    def classify(self, texts: Text | Iterable[Text], top_k: int | None = None) -> list[Label] | list[list[Label]]:
+        """Classify texts or pairs of texts; longer ones are truncated.
+
+        Args:
+            texts: a text, or any number of texts or pairs ``(first, second)``. One pair is a list of one.
+            top_k: None gives the best label of each text; a number that many, best first.
+
+        Returns:
+            ``{"label", "score"}`` per text, or a list of them. Scores are softmax probabilities, or the sigmoid of the
+            only logit where the model has a single label.
+
+        """
+        logits = self.logits(texts)
+        scores = softmax(logits) if logits.shape[1] > 1 else sigmoid(logits)
+        if top_k is None:
+            return [self._label(row, int(row.argmax())) for row in scores]
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}; expected at least 1")
+        return [[self._label(row, int(i)) for i in np.argsort(-row, kind="stable")[:top_k]] for row in scores]
+
+    def logits(self, texts: Text | Iterable[Text]) -> NDArray[np.float32]:
+        """Return what :meth:`classify` computes its scores from, float32 ``(texts, labels)``."""
+        self._expect("classify", "sequence_classification")
+        return self._rows(check_texts(texts, pairs=True))
+
+    def score(self, pairs: Iterable[tuple[str, str]]) -> NDArray[np.float32]:
+        """Score how well each second text answers the first, with a reranker (a classifier with a single label).
+
+        Returns:
+            float32 ``(pairs,)`` between 0 and 1.
+
+        """
+        self._expect("score", "sequence_classification")
+        if self.metadata.output.channels != 1:
+            raise ValueError(
+                f"the model has {self.metadata.output.channels} labels, score() is for one; use classify()"
+            )
+        checked = check_texts(pairs, pairs=True)
+        for i, pair in enumerate(checked):
+            if isinstance(pair, str):
+                raise ValueError(f"entry {i} is the text {pair!r}; expected a pair of texts")
+        return sigmoid(self._rows(checked)[:, 0])
+
+    def tag(self, texts: str | Iterable[str], level: Literal["word", "token"] = "word") -> list[list[Tag]]:
+        """Label the words of texts of any length; a text longer than the model takes is read in overlapping windows.
+
+        Args:
+            texts: a text, or any number of them.
+            level: ``"word"`` gives each word the label of its first token, ``"token"`` each token its own.
+
+        Returns:
+            Per text, in order, ``{"start", "end", "text", "label", "score"}`` with offsets in characters.
+
+        """
+        self._expect("tag", "token_classification")
+        if level not in ("word", "token"):
+            raise ValueError(f"level is {level!r}; expected 'word' or 'token'")
+        return [self._tag(str(text), level) for text in check_texts(texts, pairs=False)]
+
+    @overload
+    def answer(self, question: str, context: str, *, max_answer_length: int = 30, doc_stride: int = 128) -> Answer: ...
+    @overload
+    def answer(
+        self, question: str, context: str, *, top_k: int, max_answer_length: int = 30, doc_stride: int = 128
+    ) -> list[Answer]: ...
+    def answer(
         self,
-        ids: ArrayLike,
-        lengths: ArrayLike,
-        positions: ArrayLike | None = None,
-        token_types: ArrayLike | None = None,
-    ) -> Floats:
-        """Run requests that stand one after the other, without padding.
+        question: str,
+        context: str,
+        *,
+        top_k: int | None = None,
+        max_answer_length: int = 30,
+        doc_stride: int = 128,
+    ) -> Answer | list[Answer]:
+        """Find the answer to a question in a context of any length.
 
         Args:
-            ids: integers ``(tokens,)``, the requests' token ids.
-            lengths: integers ``(requests,)``, each at least 1; their sum is ``tokens``.
-            positions: integers ``(tokens,)``; 0, 1, 2 … within each request if None.
-            token_types: integers ``(tokens,)``; all 0 if None.
+            question: must leave room in the model's window.
+            context: read in windows of at most 384 tokens.
+            top_k: None gives the best answer; a number a list of at most that many, best first.
+            max_answer_length: most tokens of an answer.
+            doc_stride: tokens that neighbouring windows share, at most half a window.
 
         Returns:
-            float32 ``(tokens, channels)`` or ``(requests, channels)``, by ``metadata.output.per``.
+            ``{"answer", "start", "end", "score"}`` with offsets in characters, widened to whole words. An empty
+            context gives the empty answer with score 0.
 
-        Raises:
-            ValueError: as :meth:`run`.
         """
-        flat = _integers("ids", ids, 1)
-        sizes = _integers("lengths", lengths, 1)
-        if len(sizes) and sizes.min() < 1:
-            raise ValueError(f"request {int(np.argmin(sizes))} has length {sizes.min()}; expected at least 1")
-        if sizes.sum() != len(flat):
-            raise ValueError(f"the lengths sum to {sizes.sum()}, there are {len(flat)} ids")
-        if positions is None:
-            where = np.arange(len(flat)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        else:
-            where = _integers("positions", positions, 1)
-        types = np.zeros_like(flat) if token_types is None else _integers("token_types", token_types, 1)
-        for name, array in (("positions", where), ("token_types", types)):
-            if array.shape != flat.shape:
-                raise ValueError(f"{name} has shape {array.shape}, ids {flat.shape}; expected the same")
-        self._check_tokens(flat, where, types)
-        if len(sizes) and sizes.max() > self.metadata.max_length:
-            raise ValueError(self._too_long(int(np.argmax(sizes)), int(sizes.max())))
-        return self._run_split(flat, sizes, where, types)
+        self._expect("answer", "question_answering")
+        check_text("question", question)
+        check_text("context", context)
+        for name, value, least in (
+            ("top_k", top_k or 1, 1),
+            ("max_answer_length", max_answer_length, 1),
+            ("doc_stride", doc_stride, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
+        found = self._answers(question, context, top_k or 1, max_answer_length, doc_stride)
+        return found if top_k is not None else found[0]
 
-    def _check_tokens(self, ids: NDArray[Any], positions: NDArray[Any], types: NDArray[Any]) -> None:
-        """Kernels do not check bounds; every index into a table is checked here."""
-        _check_range("input_ids", ids, self.metadata.vocab_size, "the vocabulary")
-        _check_range("token_type_ids", types, self.metadata.type_vocab_size, "the token types")
-        if positions.size and not 0 <= positions.min() <= positions.max() < self.metadata.max_length:
+    def _expect(self, method: str, task: str) -> None:
+        if self.metadata.task != task:
             raise ValueError(
-                f"a token stands at position {positions.max()}; this model takes at most {self.metadata.max_length} "
-                "tokens: truncate the input"
+                f"{method}() is for {task} models; {self.metadata.name} is a {self.metadata.task} model: "
+                f"use {_METHODS.get(self.metadata.task, 'run')}()"
             )
 
-    def _too_long(self, row: int, length: int) -> str:
-        return f"request {row} has {length} tokens; this model takes at most {self.metadata.max_length}: truncate it"
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        if self._tokenizer_json is None:
+            raise ValueError(f"{self.path} was compiled without a tokenizer; give token ids to run()")
+        return Tokenizer(self._tokenizer_json, self.metadata.max_length, self.threads)
 
-    def _run_split(
-        self, ids: NDArray[Any], lengths: NDArray[Any], positions: NDArray[Any], types: NDArray[Any]
-    ) -> Floats:
-        """Run in calls of at most ``max_tokens`` tokens, whole requests each."""
-        if self.metadata.convention == "padded":
-            raise ValueError(
-                f"{self.path} was compiled from an unrecognised source and takes padded batches: use run()"
-            )
-        per_token = self.metadata.output.per == "token"
-        out = np.empty((len(ids) if per_token else len(lengths), self.metadata.output.channels), np.float32)
-        ends = np.cumsum(lengths)
-        for first, last in _calls(lengths, self.metadata.max_tokens):
-            start, end = ends[first] - lengths[first], ends[last - 1]
-            tokens = slice(start, end)
-            args = _pack(ids[tokens], positions[tokens], types[tokens], lengths[first:last])
-            columns = self._call(args)[0].swapaxes(1, 2)
-            out[tokens if per_token else slice(first, last)] = columns.reshape(-1, out.shape[1])[
-                : end - start if per_token else last - first
-            ]
+    def _rows(self, texts: list[Text]) -> NDArray[np.float32]:
+        """One row of output per text or pair."""
+        out = np.empty((len(texts), self.metadata.output.channels), np.float32)
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = slice(start, start + _TEXTS_AT_ONCE)
+            out[some] = self._run_encodings(self._tokenizer.encode(texts[some]))
         return out
 
-    def _run_padded(self, given: dict[str, NDArray[Any]], kept: NDArray[np.bool_]) -> Floats:
-        unknown = [name for name in self.metadata.inputs if name not in given]
-        if unknown:
-            raise ValueError(
-                f"the model takes {', '.join(unknown)}, which run() cannot give; it takes {', '.join(given)}"
-            )
-        if not len(kept):
-            return np.empty(
-                (0, *kept.shape[1:][: self.metadata.output.per == "token"], self.metadata.output.channels), "f4"
-            )
-        args = []
-        for name in self.metadata.inputs:
-            args.append(aligned(kept.shape, np.dtype(np.int64)))
-            args[-1][...] = given[name]
-        values = self._call(args)
-        # Question answering graphs return start and end logits apart; of other graphs the first output is the answer.
-        out = (
-            np.stack(values[:2], -1)
-            if self.metadata.task == "question_answering" and len(values) > 1
-            else values[0].copy()
-        )
-        if self.metadata.output.per == "token":
-            out[~kept] = 0
-        return out.astype(np.float32, copy=False)
+    def _run_encodings(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
+        ids = np.array([i for e in encodings for i in e.ids], np.int32)
+        # Models without token types have one, 0, whatever the tokenizer says.
+        types = None
+        if self.metadata.type_vocab_size > 1:
+            types = np.array([i for e in encodings for i in e.type_ids], np.int32)
+        return self.run_packed(ids, np.array([len(e) for e in encodings]), token_types=types)
 
-    def _call(self, args: list[NDArray[Any]]) -> list[NDArray[Any]]:
-        """Call ``main`` with as many threads as this session has; the results are copies."""
-        if use_threads(self.threads, self._runtime):
-            return self._invoke(args)
-        return self._helper().submit(self._call, args).result()
+    def _windows(self, encodings: Sequence[Encoding]) -> Iterator[NDArray[np.float32]]:
+        """Rows per token of each encoding."""
+        values = self._run_encodings(encodings)
+        yield from np.split(values, np.cumsum([len(e) for e in encodings])[:-1])
 
-    def _invoke(self, args: list[NDArray[Any]]) -> list[NDArray[Any]]:
-        main: Callable[..., Any] | None = getattr(self._local, "main", None)
-        if main is None:
-            # A virtual machine belongs to one thread; the executable and the weights are shared.
-            machine = self._module["vm_load_executable"]()
-            machine["vm_initialization"](_CPU, _DEVICE, _POOLED)
-            main = self._local.main = machine["main"]
-        result = main(*(_tensor(array) for array in args), self._weights)
-        tensors = [result] if isinstance(result, tvm_ffi.Tensor) else list(result)
-        # The tensors' memory belongs to the machine's pool and goes back to it here.
-        return [np.array(np.from_dlpack(tensor)) for tensor in tensors]
+    def _label(self, scores: NDArray[np.float32], index: int) -> Label:
+        names = self.metadata.labels
+        return Label(label=names[index] if index < len(names) else f"LABEL_{index}", score=float(scores[index]))
 
-    def _helper(self) -> ThreadPoolExecutor:
-        """A thread that starts a pool of its own, for callers whose pool is too small or was lost in a fork."""
-        with self._executor_lock:
-            if self._executor is None or self._executor[0] != os.getpid():
-                self._executor = (os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="whet"))
-            return self._executor[1]
+    def _tag(self, text: str, level: str) -> list[Tag]:
+        whole, windows = self._tokenizer.windows(text, _TAG_OVERLAP)
+        if not len(whole):
+            return []
+        rows = self._windows([w.encoding for w in windows])
+        inner = [(w.start, values[_tokens_of(w.encoding, 0)]) for w, values in zip(windows, rows, strict=True)]
+        scores = softmax(merge_windows(inner, len(whole)))
+        groups = words(whole.word_ids) if level == "word" else [slice(i, i + 1) for i in range(len(whole))]
+        tags = []
+        for group in groups:
+            start, end = whole.offsets[group.start][0], whole.offsets[group.stop - 1][1]
+            best = self._label(scores[group.start], int(scores[group.start].argmax()))
+            tags.append(Tag(start=start, end=end, text=text[start:end], **best))
+        return tags
+
+    def _answers(self, question: str, context: str, top_k: int, most: int, overlap: int) -> list[Answer]:
+        length = min(_ANSWER_WINDOW, self.metadata.max_length)
+        whole, windows = self._tokenizer.pair_windows(question, context, length, overlap)
+        groups = {i: group for group in words(whole.word_ids) for i in range(group.start, group.stop)}
+        found: dict[tuple[int, int], float] = {}
+        for window, values in zip(windows, self._windows([w.encoding for w in windows]), strict=True):
+            where = _tokens_of(window.encoding, 1)
+            for first, last, score in best_answers(values[:, 0], values[:, 1], where, most, top_k):
+                shift = window.start - where.start
+                start = whole.offsets[groups[first + shift].start][0]
+                end = whole.offsets[groups[last + shift].stop - 1][1]
+                found[start, end] = max(score, found.get((start, end), 0.0))
+        best = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:top_k]
+        answers = [Answer(answer=context[a:b], start=a, end=b, score=score) for (a, b), score in best]
+        return answers or [Answer(answer="", start=0, end=0, score=0.0)]
 
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Uninitialised array at a 64-byte boundary, which compiled code relies on and NumPy does not give."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _tensor(array: NDArray[Any]) -> Any:
-    return tvm_ffi.from_dlpack(array)
-
-
-def _pack(
-    ids: NDArray[Any], positions: NDArray[Any], types: NDArray[Any], lengths: NDArray[Any]
-) -> list[NDArray[np.int32]]:
-    """ids, positions, token types ``(tiles, 16)`` and segments ``(groups, 16, 2)``; what is left of the last tile is 0."""
-    tiles, groups = -(-len(ids) // TILE), -(-len(lengths) // TILE)
-    tokens = aligned((3, tiles, TILE), np.dtype(np.int32))
-    for plane, values in zip(tokens.reshape(3, -1), (ids, positions, types), strict=True):
-        plane[: len(ids)] = values
-        plane[len(ids) :] = 0
-    segments = aligned((groups, TILE, 2), np.dtype(np.int32))
-    flat = segments.reshape(-1, 2)
-    flat[: len(lengths), 0] = np.cumsum(lengths) - lengths
-    flat[: len(lengths), 1] = lengths
-    flat[len(lengths) :] = 0
-    return [*tokens, segments]
-
-
-def _calls(lengths: NDArray[Any], most: int) -> Iterator[tuple[int, int]]:
-    """Split requests into consecutive ranges of at most ``most`` tokens; a longer single request stands alone."""
-    first = tokens = 0
-    for i, length in enumerate(lengths.tolist()):
-        if tokens + length > most and i > first:
-            yield first, i
-            first, tokens = i, 0
-        tokens += length
-    if first < len(lengths):
-        yield first, len(lengths)
-
-
-def _integers(name: str, value: ArrayLike, dimensions: int) -> NDArray[Any]:
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} is ragged; expected rows of equal length, padded, with an attention_mask") from error
-    if array.size == 0 and array.dtype == np.float64:
-        array = array.astype(np.int32)  # what an empty list becomes
-    if array.ndim != dimensions:
-        raise ValueError(f"{name} has shape {array.shape}; expected {dimensions} dimension{'s' * (dimensions > 1)}")
-    if array.dtype.kind not in "iub":
-        raise ValueError(f"{name} has dtype {array.dtype}; expected integers")
-    return array
-
-
-def _check_range(name: str, values: NDArray[Any], size: int, what: str = "") -> None:
-    if values.size and not 0 <= values.min() <= values.max() < size:
-        wrong = values.min() if values.min() < 0 else values.max()
-        raise ValueError(f"{name} contains {wrong}, outside {what + ', ' if what else ''}0 to {size - 1}")
-
-
-def _load_library(artifact: Artifact) -> Any:
-    """dlopen the module. The library stays loaded: tensors that its code made may outlive every reference to it."""
-    for slashes in itertools.count(1):
-        # dlopen returns a library already loaded under the same name even if the file has been replaced since;
-        # another spelling of the name makes it look at the file.
-        name = f"{artifact.path.resolve().parent}{'/' * slashes}{artifact.path.name}"
-        try:
-            library = ctypes.CDLL(name, ctypes.RTLD_LOCAL)
-            digest = bytes((ctypes.c_char * len(artifact.digest)).in_dll(library, "whet_digest"))
-            if digest == artifact.digest:
-                return tvm_ffi.load_module(name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ArtifactError(f"{artifact.path} does not load ({error}); compile it again") from error
-        if slashes > 1000:
-            break
-    raise ArtifactError(f"{artifact.path} changes while it is being loaded")
+def _tokens_of(encoding: Encoding, sequence: int) -> slice:
+    """Where the tokens of the first (0) or second (1) text stand between the special ones."""
+    sequences = encoding.sequence_ids
+    start = sequences.index(sequence) if sequence in sequences else 0
+    return slice(start, start + sequences.count(sequence))

@@ -26,7 +26,7 @@ def available_cpus(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path(
 
 
 def _cgroup_folders(cgroups: Path, process: Path) -> list[Path]:
-    """The control groups of this process and their ancestors: version 2, or the ``cpu`` controller of version 1."""
+    """List the control groups of this process and their ancestors: version 2, and the cpu controller of version 1."""
     folders = [cgroups, cgroups / "cpu"]
     try:
         lines = process.read_text(encoding="utf-8").splitlines()
@@ -68,6 +68,7 @@ def use_threads(threads: int, runtime: ctypes.CDLL) -> bool:
 
     Returns:
         False if it cannot: its pool was started smaller, or before a fork. A new thread can.
+
     """
     if _configured.pool_process not in (None, os.getpid()) and threads > 1:
         return False
@@ -77,7 +78,7 @@ def use_threads(threads: int, runtime: ctypes.CDLL) -> bool:
         # Parallel loops then run where they stand; no pool is started that would later be too small.
         getattr(runtime, _SET_MAX_CONCURRENCY)(ctypes.c_int(1))
     else:
-        # A pool started here gets as many workers as CPUs are named. Unless TVM_BIND_THREADS is 1, which ones is ignored.
+        # A pool started here gets one worker per CPU named. Which ones matters only if TVM_BIND_THREADS is 1.
         cpus = sorted(os.sched_getaffinity(0))
         named = [str(cpus[i % len(cpus)]) for i in range(threads)]
         tvm_ffi.get_global_func("runtime.config_threadpool")(_SHARE_ALL_CORES, threads, named)

@@ -60,6 +60,7 @@ def write_module(
         FileNotFoundError: no C compiler, or no such output folder.
         OSError: the disk is full (``ENOSPC``).
         RuntimeError: the linker fails.
+
     """
     output = Path(output)
     if not output.parent.is_dir():
@@ -97,10 +98,11 @@ def write_module(
 
 
 def find_compiler() -> str:
-    """The C compiler that links modules: the environment variable CC, else cc, gcc or clang.
+    """Find the C compiler that links modules: the environment variable CC, else cc, gcc or clang.
 
     Raises:
         FileNotFoundError: there is none.
+
     """
     names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
     for name in names:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import tvm
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tvm import relax, tirx
 from tvm.script import tirx as T
+from whet.runtime.metadata import Metadata, Output
 
 from whet.link import write_module
-from whet.runtime.metadata import Metadata, Output
 
 VOCAB, POSITIONS, TYPES, CHANNELS, MAX_LENGTH, MAX_TOKENS = 50, 64, 2, 5, 64, 96
 
@@ -120,7 +121,64 @@ def executable(channels: int = CHANNELS, per: str = "token"):
     return relax.build(builder.get(), target)
 
 
+def padded_executable(channels: int = CHANNELS):
+    """The padded convention: word rows of (batch, sequence) ids, zero where the mask is, and a second output."""
+    builder = relax.BlockBuilder()
+    shape = (tirx.Var("batch", "int64"), tirx.Var("sequence", "int64"))
+    ids, mask = (relax.Var(n, relax.TensorType(shape, "int64")) for n in ("input_ids", "attention_mask"))
+    tables = [relax.TensorType((rows, channels), "float32") for rows in (VOCAB, POSITIONS, TYPES)]
+    params = relax.Var("params", relax.TupleType(tables))
+    with builder.function("main", [ids, mask, params]):
+        with builder.dataflow():
+            word = builder.emit(relax.TupleGetItem(params, 0))
+            rows = builder.emit(relax.op.take(word, ids, axis=0))
+            kept = builder.emit(relax.op.expand_dims(relax.op.astype(mask, "float32"), -1))
+            out = builder.emit(relax.op.multiply(rows, kept))
+            first = builder.emit(relax.op.sum(out, axis=-1))
+            second = builder.emit(relax.op.negative(first))
+            out = builder.emit_output(relax.Tuple([out]) if channels != 2 else relax.Tuple([first, second]))
+        builder.emit_func_output(out)
+    return relax.build(builder.get(), tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"}))
+
+
 def write(path: Path, per: str = "token", tokenizer: str | None = None, channels: int = CHANNELS, **changes) -> Path:
     metadata = replace(METADATA, output=Output(per, channels), **changes)
-    write_module(executable(channels, per), metadata, weights(channels), tokenizer, path)
+    padded = metadata.convention == "padded"
+    built = padded_executable(channels) if padded else executable(channels, per)
+    write_module(built, metadata, weights(channels), tokenizer, path)
     return path
+
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "man",
+    "plays",
+    "guitar",
+    "music",
+    "on",
+    "stage",
+    "runs",
+    "fast",
+    "slow",
+    "in",
+    "park",
+    "red",
+    "blue",
+    "house",
+    "##s",
+    "##ing",
+]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", "?"]
+
+
+def tokenizer_json() -> str:
+    """A BERT tokenizer with a vocabulary of 28 entries."""
+    vocab = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return tokenizer.to_str()

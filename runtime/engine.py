@@ -1,0 +1,271 @@
+"""Runs a loaded module on token ids: checks what it is given, packs it, calls the code, unpacks the result."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+from numpy.typing import ArrayLike, NDArray
+from whet.runtime.artifact import Artifact
+from whet.runtime.cpu import check_cpu, request_amx
+from whet.runtime.library import load_runtime
+from whet.runtime.metadata import ArtifactError, Metadata
+from whet.runtime.packing import aligned, pack, positions_within, split, unpack
+from whet.runtime.threads import available_cpus, use_threads
+
+_CPU, _DEVICE, _POOLED = 1, 0, 2
+
+
+class Engine:
+    """A module ready to run token ids; :class:`whet.runtime.session.Session` adds texts to it.
+
+    May be called from several threads at once: each gets its own virtual machine, and all share the code and the
+    weights. May be used after a fork. Results are the caller's own arrays and outlive the engine.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}; expected at least 1, or None for all CPUs the process may use")
+        self.metadata: Metadata = artifact.metadata
+        self.path: Path = artifact.path
+        self.threads: int = threads or available_cpus()
+        check_cpu(self.metadata.cpu_flags, self.metadata.isa)
+        self._runtime = load_runtime(self.path.resolve().parent)
+        if "amx_int8" in self.metadata.cpu_flags:
+            request_amx()
+        self._library = _load_library(artifact)
+        self._weights = tvm_ffi.convert([tvm_ffi.from_dlpack(array) for array in artifact.weights()])
+        self._local = threading.local()
+        self._helpers: dict[int, ThreadPoolExecutor] = {}
+        self._helpers_lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        m = self.metadata
+        return f"<{type(self).__name__} {m.name}: {m.task}, {m.precision} for {m.isa}, {self.threads} threads>"
+
+    def run(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, token_type_ids: ArrayLike | None = None
+    ) -> NDArray[np.float32]:
+        """Run a padded batch as Hugging Face models take it.
+
+        The mask may have any shape of zeros: padding on either side, or holes. Tokens where it is 0 are neither
+        computed nor seen by others; the position of a token is its column. Pooling by the first token takes the first
+        one that is kept.
+
+        Args:
+            input_ids: integers ``(batch, sequence)``.
+            attention_mask: 0 or 1, ``(batch, sequence)``; all 1 if None.
+            token_type_ids: integers ``(batch, sequence)``; all 0 if None.
+
+        Returns:
+            float32 ``(batch, channels)``, or ``(batch, sequence, channels)`` with zeros where the mask is 0.
+
+        Raises:
+            ValueError: wrong dtype or shape, an id outside the vocabulary, a row that is empty or too long.
+
+        """
+        ids = _integers("input_ids", input_ids, 2)
+        batch, sequence = ids.shape
+        mask = _like(ids, "attention_mask", attention_mask)
+        types = _like(ids, "token_type_ids", token_type_ids)
+        if mask is not None:
+            _check_range("attention_mask", mask, 2)
+        kept = np.ones_like(ids, np.bool_) if mask is None else mask.astype(np.bool_)
+        lengths = np.full(batch, sequence) if mask is None else kept.sum(axis=1)
+        if batch and not lengths.all():
+            raise ValueError(f"row {np.argmin(lengths)} is empty; expected a token (mask 1) in every row")
+        positions = np.broadcast_to(np.arange(sequence), ids.shape)
+        if self.metadata.convention == "padded":
+            ones, zeros = (np.full_like(ids, value) for value in (1, 0))
+            self._check(ids[kept], positions[kept], None if types is None else types[kept])
+            given = {
+                "input_ids": ids,
+                "attention_mask": ones if mask is None else mask,
+                "token_type_ids": zeros if types is None else types,
+            }
+            return self._run_padded(given, kept)
+        packed = self._run_packed(ids[kept], lengths, positions[kept], None if types is None else types[kept])
+        if self.metadata.output.per == "request":
+            return packed
+        out = np.zeros((batch, sequence, packed.shape[1]), np.float32)
+        out[kept] = packed
+        return out
+
+    def run_packed(
+        self,
+        ids: ArrayLike,
+        lengths: ArrayLike,
+        positions: ArrayLike | None = None,
+        token_types: ArrayLike | None = None,
+    ) -> NDArray[np.float32]:
+        """Run requests that stand one after the other, without padding.
+
+        Args:
+            ids: integers ``(tokens,)``, the requests' token ids.
+            lengths: integers ``(requests,)``, each at least 1; their sum is ``tokens``.
+            positions: integers ``(tokens,)``; 0, 1, 2 … within each request if None.
+            token_types: integers ``(tokens,)``; all 0 if None.
+
+        Returns:
+            float32 ``(tokens, channels)`` or ``(requests, channels)``, by ``metadata.output.per``.
+
+        Raises:
+            ValueError: as :meth:`run`.
+
+        """
+        tokens = _integers("ids", ids, 1)
+        sizes = _integers("lengths", lengths, 1).astype(np.int64, copy=False)
+        if sizes.size and sizes.min() < 1:
+            raise ValueError(f"request {np.argmin(sizes)} has length {sizes.min()}; expected at least 1")
+        if sizes.sum() != tokens.size:
+            raise ValueError(f"lengths sum to {sizes.sum()}, there are {tokens.size} ids; expected the same")
+        places = _like(tokens, "positions", positions)
+        types = _like(tokens, "token_types", token_types)
+        if self.metadata.convention == "padded":
+            if places is not None:
+                raise ValueError(f"{self.path} takes padded batches, so positions cannot be chosen; leave them out")
+            return self._run_one_by_one(tokens, sizes, types)
+        return self._run_packed(tokens, sizes, positions_within(sizes) if places is None else places, types)
+
+    def _run_packed(
+        self, ids: NDArray[Any], lengths: NDArray[Any], positions: NDArray[Any], types: NDArray[Any] | None
+    ) -> NDArray[np.float32]:
+        """Check the tokens, then run whole requests in calls of at most ``max_tokens`` tokens."""
+        self._check(ids, positions, types)
+        types = np.zeros_like(ids) if types is None else types
+        if lengths.size and lengths.max() > self.metadata.max_length:
+            raise ValueError(self._too_long(f"request {np.argmax(lengths)} has {lengths.max()} tokens"))
+        per_token = self.metadata.output.per == "token"
+        out = np.empty((len(ids) if per_token else len(lengths), self.metadata.output.channels), np.float32)
+        start = 0
+        for requests in split(lengths, self.metadata.max_tokens):
+            tokens = slice(start, start + int(lengths[requests].sum()))
+            rows = tokens if per_token else requests
+            args = pack(ids[tokens], positions[tokens], types[tokens], lengths[requests])
+            out[rows] = unpack(self._call(args)[0], rows.stop - rows.start)
+            start = tokens.stop
+        return out
+
+    def _run_one_by_one(
+        self, ids: NDArray[Any], lengths: NDArray[Any], types: NDArray[Any] | None
+    ) -> NDArray[np.float32]:
+        """Without padding no answer can depend on its neighbours."""
+        ends = np.cumsum(lengths)
+        spans = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+        rows = [self.run(ids[None, s], None, None if types is None else types[None, s]) for s in spans]
+        channels = self.metadata.output.channels
+        return np.concatenate([np.empty((0, channels), np.float32), *(row.reshape(-1, channels) for row in rows)])
+
+    def _run_padded(self, given: dict[str, NDArray[Any]], kept: NDArray[np.bool_]) -> NDArray[np.float32]:
+        per_token = self.metadata.output.per == "token"
+        if not len(kept):
+            return np.empty((0, *kept.shape[1:][:per_token], self.metadata.output.channels), np.float32)
+        args = []
+        for name in self.metadata.inputs:
+            if name not in given:
+                raise ValueError(
+                    f"the model wants the input {name!r}, which run() cannot give: only {', '.join(given)}"
+                )
+            args.append(aligned(kept.shape, np.int64))
+            args[-1][...] = given[name]
+        values = self._call(args)
+        # Question answering graphs return start and end logits apart; elsewhere the first output is the answer.
+        pair = self.metadata.task == "question_answering" and len(values) > 1
+        out = np.stack(values[:2], axis=-1) if pair else values[0]
+        if per_token:
+            out[~kept] = 0
+        return out
+
+    def _check(self, ids: NDArray[Any], positions: NDArray[Any], types: NDArray[Any] | None) -> None:
+        """Check every index into a table here: kernels do not."""
+        _check_range("input_ids", ids, self.metadata.vocab_size)
+        if types is not None:
+            _check_range("token_type_ids", types, self.metadata.type_vocab_size)
+        if positions.size and positions.min() < 0:
+            raise ValueError(f"positions contains {positions.min()}; expected at least 0")
+        if positions.size and positions.max() >= self.metadata.max_length:
+            raise ValueError(self._too_long(f"a token stands at position {positions.max()}"))
+
+    def _too_long(self, what: str) -> str:
+        return f"{what}; this model takes at most {self.metadata.max_length} tokens: truncate the input"
+
+    def _call(self, args: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Call ``main`` with as many threads as the engine has; the results are copies."""
+        if use_threads(self.threads, self._runtime):
+            return self._invoke(args)
+        return self._helper().submit(self._invoke_elsewhere, args).result()
+
+    def _invoke_elsewhere(self, args: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        use_threads(self.threads, self._runtime)
+        return self._invoke(args)
+
+    def _invoke(self, args: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        main = getattr(self._local, "main", None)
+        if main is None:
+            # A virtual machine belongs to one thread; the executable and the weights are shared.
+            machine = self._library["vm_load_executable"]()
+            machine["vm_initialization"](_CPU, _DEVICE, _POOLED)
+            main = self._local.main = machine["main"]
+        result = main(*map(tvm_ffi.from_dlpack, args), self._weights)
+        tensors = [result] if isinstance(result, tvm_ffi.Tensor) else list(result)
+        # The tensors' memory goes back to the machine's pool on return.
+        return [np.array(np.from_dlpack(tensor)) for tensor in tensors]
+
+    def _helper(self) -> ThreadPoolExecutor:
+        """Return a thread with a pool of its own, for callers whose pool is too small or was lost in a fork."""
+        with self._helpers_lock:
+            return self._helpers.setdefault(os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="whet"))
+
+
+def _integers(name: str, value: ArrayLike, dimensions: int) -> NDArray[Any]:
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is ragged; expected rows of equal length, padded, and an attention_mask") from error
+    if array.ndim != dimensions:
+        raise ValueError(f"{name} has shape {array.shape}; expected {dimensions} dimension{'s' * (dimensions > 1)}")
+    if array.size == 0 and array.dtype == np.float64:
+        return array.astype(np.int64)  # NumPy's guess for empty lists
+    if array.dtype.kind not in "iub":
+        raise ValueError(f"{name} has dtype {array.dtype}; expected integers")
+    return array
+
+
+def _like(ids: NDArray[Any], name: str, value: ArrayLike | None) -> NDArray[Any] | None:
+    if value is None:
+        return None
+    array = _integers(name, value, ids.ndim)
+    if array.shape != ids.shape:
+        raise ValueError(f"{name} has shape {array.shape}, the ids have {ids.shape}; expected the same")
+    return array
+
+
+def _check_range(name: str, values: NDArray[Any], size: int) -> None:
+    if values.size and not 0 <= values.min() <= values.max() < size:
+        wrong = values.min() if values.min() < 0 else values.max()
+        raise ValueError(f"{name} contains {wrong}; expected values from 0 to {size - 1}")
+
+
+def _load_library(artifact: Artifact) -> Any:
+    """Load the code. It stays loaded, so that nothing it made can outlive it."""
+    folder, name = artifact.path.resolve().parent, artifact.path.resolve().name
+    for slashes in range(1, 100):
+        # dlopen gives back what is loaded under the same name even if the file has been replaced since; spelled
+        # differently, it looks at the file.
+        spelling = f"{folder}{'/' * slashes}{name}"
+        try:
+            library = ctypes.CDLL(spelling, ctypes.RTLD_LOCAL)
+            digest = bytes((ctypes.c_char * len(artifact.digest)).in_dll(library, "whet_digest"))
+            if digest == artifact.digest:
+                return tvm_ffi.load_module(spelling)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"{artifact.path} does not load ({error}); compile it again") from error
+    raise ArtifactError(
+        f"{artifact.path} was replaced while it was loaded, or too often in this process; load it again"
+    )

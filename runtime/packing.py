@@ -1,0 +1,73 @@
+"""Packed tokens: requests stand one after the other, 16 tokens to a tile (layouts: :mod:`whet.passes.dialect`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+from whet.runtime.metadata import ALIGNMENT
+
+TILE = 16
+"""Tokens in a tile, requests in a group."""
+
+
+def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Uninitialised array at a 64-byte boundary, which compiled code relies on and NumPy does not promise."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def pack(
+    ids: NDArray[Any], positions: NDArray[Any], token_types: NDArray[Any], lengths: NDArray[Any]
+) -> list[NDArray[np.int32]]:
+    """Arguments of ``main``.
+
+    Args:
+        ids: integers ``(tokens,)``.
+        positions: integers ``(tokens,)``.
+        token_types: integers ``(tokens,)``.
+        lengths: integers ``(requests,)``, which sum to ``tokens``.
+
+    Returns:
+        int32 ids, positions, token types ``(tiles, 16)`` and segments ``(groups, 16, 2)``. The rest of the last tile is
+        0, which every table has; unused segments have length 0.
+
+    """
+    tiles, groups = -(-len(ids) // TILE), -(-len(lengths) // TILE)
+    tokens = aligned((3, tiles, TILE), np.int32)
+    for plane, values in zip(tokens.reshape(3, -1), (ids, positions, token_types), strict=True):
+        plane[: len(ids)] = values
+        plane[len(ids) :] = 0
+    segments = aligned((groups, TILE, 2), np.int32)
+    flat = segments.reshape(-1, 2)
+    flat[: len(lengths), 0] = np.cumsum(lengths) - lengths
+    flat[: len(lengths), 1] = lengths
+    flat[len(lengths) :] = 0
+    return [*tokens, segments]
+
+
+def unpack(tiles: NDArray[np.float32], columns: int) -> NDArray[np.float32]:
+    """Copy the first ``columns`` columns of ``(tiles, channels, 16)`` to the rows of ``(columns, channels)``."""
+    return tiles.swapaxes(1, 2).reshape(-1, tiles.shape[1])[:columns].copy()
+
+
+def split(lengths: NDArray[Any], most: int) -> Iterator[slice]:
+    """Cut a batch into runs of consecutive requests of at most ``most`` tokens; a longer request stands alone."""
+    first = tokens = 0
+    for i, length in enumerate(lengths.tolist()):
+        if tokens + length > most and i > first:
+            yield slice(first, i)
+            first, tokens = i, 0
+        tokens += length
+    if first < len(lengths):
+        yield slice(first, len(lengths))
+
+
+def positions_within(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Count 0, 1, 2 … within each request, ``(tokens,)``."""
+    starts: NDArray[np.int64] = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(starts, lengths)

@@ -1,0 +1,72 @@
+"""The metadata document survives a round trip and rejects what it does not know."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from tiny_module import METADATA
+from whet.runtime.metadata import ArtifactError, Metadata, Output, Weight
+
+FULL = replace(
+    METADATA,
+    labels=("é", "b"),
+    weights=(Weight("w", "int8", (3, 4), 64), Weight("scalar", "float32", (), 128)),
+    report=({"layer": "0", "kernel": "dense"},),
+    notes=("a note",),
+)
+
+
+def changed(**changes) -> str:
+    document = json.loads(FULL.to_json())
+    document.update(changes)
+    return json.dumps(document)
+
+
+def test_round_trip():
+    assert Metadata.from_json(FULL.to_json()) == FULL
+    assert Metadata.from_json(FULL.to_json().encode()) == FULL
+
+
+def test_unknown_fields_are_ignored():
+    assert Metadata.from_json(changed(added_later=1)) == FULL
+
+
+def test_other_format_version():
+    with pytest.raises(ArtifactError, match=r"format 2 .*whet 0.*reads format 1: compile the model again"):
+        Metadata.from_json(changed(format=2))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", b"\xff\xfe"])
+def test_not_a_document(text):
+    with pytest.raises(ArtifactError, match="corrupt"):
+        Metadata.from_json(text)
+
+
+def test_missing_field():
+    document = json.loads(FULL.to_json())
+    del document["task"], document["isa"]
+    with pytest.raises(ArtifactError, match="lacks isa, task"):
+        Metadata.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": [{"name": "w"}]},
+        {"output": {"per": "word", "channels": 1}},
+        {"output": None},
+        {"convention": "other"},
+        {"max_length": 0},
+        {"vocab_size": "many"},
+        {"labels": None},
+        {"max_tokens": 3},
+    ],
+)
+def test_malformed_field(change):
+    with pytest.raises(ArtifactError, match="malformed"):
+        Metadata.from_json(changed(**change))
+
+
+def test_output_is_checked():
+    with pytest.raises(ValueError, match=r"output\.per is 'word'"):
+        Output("word", 3)

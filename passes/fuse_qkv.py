@@ -22,7 +22,7 @@ def fuse_qkv(module: IRModule) -> IRModule:
         if not is_call(call, dialect.ATTENTION):
             return call
         old = [graph.sole_producer(a, dialect.DENSE) for a in graph.values[var].args[:3]]
-        name = var.name + ".qkv"
+        name = var.name + "_qkv"
         if all(_plain(d) for d in old) and len({d.args[0] for d in old}) == 1:
             x = builder.lookup_binding(call.args[0]).args[0]
             weight = _stacked_weight(graph, builder, [d.args[1] for d in old])

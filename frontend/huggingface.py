@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
+from tokenizers import Tokenizer
 from whet.passes.dialect import Activation, Pooling
 
 from .checkpoint import Weights, open_weights, state_weights
@@ -135,6 +136,8 @@ def _import(
     module = build_encoder(sizes, family.names, prefix, weights, head)
     if tokenizer is None:
         notes.append("No tokenizer was found: the module takes token ids, not texts.")
+    elif (tokens := Tokenizer.from_str(tokenizer).get_vocab_size()) > sizes.vocab:
+        notes.append(f"The tokenizer has {tokens} tokens, the model {sizes.vocab}: texts with the others are refused.")
     return Model(
         name=name,
         module=module,

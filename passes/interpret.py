@@ -246,14 +246,19 @@ def _activate(x: Rows, *, kind: str) -> Rows:
         case "relu":
             return np.maximum(x, np.float32(0))
         case "tanh":
-            return np.asarray(np.tanh(x))
+            return _tanh(x)
         case "gelu":
             return x * (np.float32(0.5) + np.float32(0.5) * _erf(x * np.float32(math.sqrt(0.5))))
         case "gelu_tanh":
             inner = np.float32(math.sqrt(2 / math.pi)) * x * (1 + np.float32(0.044715) * x * x)
-            return np.float32(0.5) * x * (1 + np.tanh(inner))
+            return np.float32(0.5) * x * (1 + _tanh(inner))
         case _:
             raise ValueError(f"activation {kind!r} is not known")
+
+
+def _tanh(x: Rows) -> Rows:
+    y: Rows = np.tanh(x)
+    return y
 
 
 def _erf(x: Rows) -> Rows:
@@ -285,7 +290,7 @@ def _pool(x: Rows, segments: list[tuple[int, int]], *, mode: str) -> Rows:
 
 
 def _normalize(x: Rows) -> Rows:
-    norm: Rows = np.linalg.norm(x, axis=1, keepdims=True)
+    norm: Rows = np.sqrt(np.square(x).sum(axis=1, keepdims=True))
     return x / np.maximum(norm, np.float32(1e-12))
 
 

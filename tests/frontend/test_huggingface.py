@@ -358,6 +358,14 @@ def test_no_tokenizer_is_a_note(copy):
     assert "No tokenizer was found" in model.notes[0]
 
 
+def test_tokenizer_larger_than_the_model_is_a_note(copy):
+    folder = copy("bert-sequence")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([f"new{i}" for i in range(20)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert "the model 100" in from_folder(folder).notes[0]
+
+
 @pytest.mark.parametrize("content", ["{", '{"model": 3}', b"\xff\xfe"])
 def test_corrupt_tokenizer(copy, content):
     folder = copy("bert-sequence")

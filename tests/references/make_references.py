@@ -102,7 +102,7 @@ def randomize(model: torch.nn.Module) -> None:
 def save(model: transformers.PreTrainedModel, name: str) -> None:
     shutil.rmtree(HERE / name, ignore_errors=True)
     model.save_pretrained(HERE / name)
-    tiny_tokenizer().save_pretrained(HERE / name)
+    tiny_tokenizer(types=hasattr(model.config, "type_vocab_size")).save_pretrained(HERE / name)
 
 
 def requests(seed: int, types: bool, longest: int = POSITIONS) -> dict[str, np.ndarray]:
@@ -152,7 +152,7 @@ def embedding(name: str, seed: int, head: list[torch.nn.Module]) -> None:
         randomize(module)
     encoder = HERE / f"{name}.encoder"
     model.save_pretrained(encoder)
-    tiny_tokenizer().save_pretrained(encoder)
+    tiny_tokenizer(types=True).save_pretrained(encoder)
     sentence = SentenceTransformer(
         modules=[Transformer(str(encoder), max_seq_length=SENTENCE_LENGTH), *head], device="cpu"
     ).eval()
@@ -180,7 +180,7 @@ def legacy_declaration(folder: Path) -> None:
     shutil.rmtree(folder / "2_Normalize")
 
 
-def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+def tiny_tokenizer(types: bool) -> transformers.PreTrainedTokenizerFast:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
     tokens += ["the", "##ing", "whet", "a", "blade", ".", ",", "?", "!", "'", "-", "and", "is", "##s", "##ed", "to"]
@@ -197,7 +197,8 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.WordPiece()
     special = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "cls", "sep", "pad", "mask")}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    names = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special)
 
 
 def minilm() -> None:

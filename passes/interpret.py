@@ -290,8 +290,8 @@ def _pool(x: Rows, segments: list[tuple[int, int]], *, mode: str) -> Rows:
 
 
 def _normalize(x: Rows) -> Rows:
-    norm: Rows = np.sqrt(np.square(x).sum(axis=1, keepdims=True))
-    return x / np.maximum(norm, np.float32(1e-12))
+    norm: Rows = np.maximum(np.sqrt(np.square(x).sum(axis=1, keepdims=True)), np.float32(1e-12))
+    return x / norm
 
 
 def _quantized_weight(values: npt.NDArray[np.int8], scale: Rows) -> Rows:

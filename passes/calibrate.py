@@ -117,6 +117,6 @@ def _error(observation: Observation, method: Method, scale: float, zero: int, lo
     if method != "mse":
         return 0.0
     # The extremes are added once: the sample may have missed them.
-    values = np.append(observation.sample, np.float32([observation.low, observation.high]))
+    values = np.append(observation.sample, np.array([observation.low, observation.high], np.float32))
     rounded = (np.clip(np.rint(values / scale) + zero, low, high) - zero) * scale
     return float(np.square(values - rounded).mean())

@@ -16,13 +16,13 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from tvm import IRModule, relax, tirx
-from whet.schedules import attention as attention_kernels
-from whet.schedules import dense as dense_kernels
-from whet.schedules import elementwise as elementwise_kernels
-from whet.schedules import embed as embed_kernels
-from whet.schedules import layer_norm as layer_norm_kernels
-from whet.schedules import pool as pool_kernels
+from whet.schedules.attention import AttentionSpec, attention
+from whet.schedules.dense import DenseSpec, Output, dense
+from whet.schedules.elementwise import ActivateSpec, AddSpec, Quantization, QuantizeSpec, elementwise
+from whet.schedules.embed import EmbedSpec, embed
 from whet.schedules.isa import Isa
+from whet.schedules.layer_norm import LayerNormSpec, layer_norm
+from whet.schedules.pool import NormalizeSpec, PoolSpec, normalize, pool
 
 from . import dialect
 from .dialect import TILE, shape_of
@@ -30,8 +30,7 @@ from .graph import Graph, attributes, is_call, weight_of
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Form: TypeAlias = Literal["tiles", "quads", "dynamic", "heads"]
-Quantise: TypeAlias = Literal["none", "static", "per_token"]
-MADE: dict[Form, Quantise] = {"quads": "static", "dynamic": "per_token"}
+MADE: dict[Form, Quantization] = {"quads": "static", "dynamic": "per_token"}
 
 Q_ZERO = 128
 """Zero point of Q, which is unsigned; K and V are signed."""
@@ -53,7 +52,7 @@ class Demand:
     @property
     def requant(self) -> Array:
         """What a kernel that makes quads multiplies and adds: float32 (2,)."""
-        return np.float32([1.0 / self.scale, self.zero])
+        return np.array([1.0 / self.scale, self.zero], np.float32)
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class _Lowering:
         word = [self.graph.constant(a) for a in (table.args if integer else [table])]
         position, token_type, gamma, beta = (self.graph.constant(a) for a in call.args[4:8])
         demand = self.demands[var]
-        spec = embed_kernels.EmbedSpec(
+        spec = EmbedSpec(
             vocab=word[0].shape[0],
             positions=position.shape[0],
             types=token_type.shape[0],
@@ -133,18 +132,18 @@ class _Lowering:
         )
         inputs = [self.tiles(a) for a in call.args[:3]]
         weights = [*word, position, token_type, gamma, beta, *self.requant(demand)]
-        self.normalised(var, "embed", spec, embed_kernels.embed, inputs, weights, spec.channels)
+        self.normalised(var, "embed", spec, embed, inputs, weights, spec.channels)
 
     def lower_layer_norm(self, var: relax.Var, call: relax.Call) -> None:
         demand = self.demands[var]
-        spec = layer_norm_kernels.LayerNormSpec(
+        spec = LayerNormSpec(
             channels=shape_of(var)[1],
             eps=float(attributes(call)["eps"]),
             quantize=MADE[demand.integer] if demand.integer else "none",
         )
         weights = [*(self.graph.constant(a) for a in call.args[1:]), *self.requant(demand)]
         inputs = [self.tiles(call.args[0])]
-        self.normalised(var, "layer_norm", spec, layer_norm_kernels.layer_norm, inputs, weights, spec.channels)
+        self.normalised(var, "layer_norm", spec, layer_norm, inputs, weights, spec.channels)
 
     def normalised(
         self,
@@ -170,15 +169,13 @@ class _Lowering:
         integer = per_token or "x_scale" in attrs
         rows, columns = shape_of(call.args[1])
         demand = self.demands[var]
-        output = (
-            "heads"
-            if "heads" in demand.forms
-            else "quads"
-            if demand.forms == {"quads"} and integer and rows % 4 == 0
-            else "tiles"
-        )
+        output: Output = "tiles"
+        if "heads" in demand.forms:
+            output = "heads"
+        elif integer and demand.forms == {"quads"}:
+            output = "quads"
         block_rows = int(attrs.get("block_rows", 0))
-        spec = dense_kernels.DenseSpec(
+        spec = DenseSpec(
             out_features=rows,
             in_features=columns,
             weight="f32" if not integer else "i8_sparse" if block_rows else "i8",
@@ -188,7 +185,7 @@ class _Lowering:
             per_token=per_token,
             output=output,
         )
-        kernel = self.kernel(spec, lambda: dense_kernels.dense(spec, self.isa))
+        kernel = self.kernel(spec, lambda: dense(spec, self.isa))
         if integer:
             source = self.graph.producer(call.args[1])
             values, weight_scale = (self.graph.constant(a) for a in source.args)
@@ -203,11 +200,10 @@ class _Lowering:
         arguments = [*inputs, *(self.weight(var.name, w) for w in weights), *dynamic, *residual]
         if output == "quads":
             arguments += [self.weight(var.name, w) for w in self.requant(demand)]
-        types = {
-            "tiles": lambda: [self.tiles_type(var)],
-            "quads": lambda: self.quads_types(var, rows, "quads"),
-            "heads": lambda: self.heads_types(var, rows // 3),
-        }[output]()
+        if output == "tiles":
+            types = [self.tiles_type(var)]
+        else:
+            types = self.quads_types(var, rows, "quads") if output == "quads" else self.heads_types(var, rows // 3)
         self.forms[var, output] = self.emit(kernel.func, _kernel_name(spec), arguments, types, var.name)
         if output == "tiles" and demand.integer:
             self.quantize(var)
@@ -227,7 +223,7 @@ class _Lowering:
                 v for v in self.graph.values.values() if is_call(v, dialect.SELF_ATTENTION) and v.args[0].same_as(var)
             )
             parts = [float(attributes(reader)[f"{p}_scale"]) for p in "qkv"]
-            inverse = np.repeat(1.0 / np.float64(parts), len(bias) // 3)
+            inverse = np.repeat(1.0 / np.array(parts), len(bias) // 3)
             scale, bias = scale * inverse, bias * inverse
         folded = [scale.astype(np.float32), bias.astype(np.float32)]
         return [*folded, sums.astype(np.float32)] if attrs.get("per_token") else folded
@@ -237,7 +233,7 @@ class _Lowering:
         heads = int(attrs["heads"])
         channels = shape_of(var)[1]
         integer = "q_scale" in attrs
-        spec = attention_kernels.AttentionSpec(
+        spec = AttentionSpec(
             heads=heads,
             head_size=channels // heads,
             precision="i8" if integer else "f32",
@@ -248,39 +244,29 @@ class _Lowering:
         if not integer:
             inputs = [self.tiles(call.args[0]), segments]
             types = [self.tiles_type(var)]
-            self.forms[var, "tiles"] = self.call(
-                "attention", spec, attention_kernels.attention, inputs, [], types, var.name
-            )
+            self.forms[var, "tiles"] = self.call("attention", spec, attention, inputs, [], types, var.name)
             if self.demands[var].integer:
                 self.quantize(var)
             return
         demand = self.demands[var]
         score = float(attrs["q_scale"]) * float(attrs["k_scale"]) * float(attrs["scale"])
-        numbers = np.float32([score, float(attrs["v_scale"]) / demand.scale, demand.zero, 0.0])
+        numbers = np.array([score, float(attrs["v_scale"]) / demand.scale, demand.zero, 0.0], np.float32)
         inputs = [*self.forms[self.graph.source(call.args[0]), "heads"], segments]
         types = self.quads_types(var, channels, "quads")
-        self.forms[var, "quads"] = self.call(
-            "attention", spec, attention_kernels.attention, inputs, [numbers], types, var.name
-        )
+        self.forms[var, "quads"] = self.call("attention", spec, attention, inputs, [numbers], types, var.name)
 
     def lower_activate(self, var: relax.Var, call: relax.Call) -> None:
-        kind = attributes(call)["kind"]
-        self.simple(
-            var, "activate", ("activate", kind), lambda _, isa: elementwise_kernels.activate(kind, isa), call.args
-        )
+        spec = ActivateSpec(shape_of(var)[1], attributes(call)["kind"])
+        self.simple(var, "activate", spec, elementwise, call.args)
 
     def lower_add(self, var: relax.Var, call: relax.Call) -> None:
-        self.simple(var, "add", ("add",), lambda _, isa: elementwise_kernels.add(isa), call.args)
+        self.simple(var, "add", AddSpec(shape_of(var)[1]), elementwise, call.args)
 
     def lower_pool(self, var: relax.Var, call: relax.Call) -> None:
-        spec = pool_kernels.PoolSpec(channels=shape_of(var)[1], mode=attributes(call)["mode"])
-        self.simple(var, "pool", spec, pool_kernels.pool, call.args)
+        self.simple(var, "pool", PoolSpec(shape_of(var)[1], attributes(call)["mode"]), pool, call.args)
 
     def lower_normalize(self, var: relax.Var, call: relax.Call) -> None:
-        channels = shape_of(var)[1]
-        self.simple(
-            var, "normalize", ("normalize", channels), lambda _, isa: pool_kernels.normalize(channels, isa), call.args
-        )
+        self.simple(var, "normalize", NormalizeSpec(shape_of(var)[1]), normalize, call.args)
 
     def lower_stack(self, var: relax.Var, call: relax.Call) -> None:
         self.forms[var, "tiles"] = (
@@ -299,15 +285,11 @@ class _Lowering:
         demand = self.demands[var]
         form = demand.integer
         assert form is not None
-        channels, mode = shape_of(var)[1], MADE[form]
+        channels = shape_of(var)[1]
+        spec = QuantizeSpec(channels, MADE[form])
+        types = self.quads_types(var, channels, form)
         self.forms[var, form] = self.call(
-            "quantize",
-            ("quantize", channels, mode),
-            lambda _, isa: elementwise_kernels.quantize(channels, mode, isa),
-            [self.tiles(var)],
-            self.requant(demand),
-            self.quads_types(var, channels, form),
-            var.name,
+            "quantize", spec, elementwise, [self.tiles(var)], self.requant(demand), types, var.name
         )
 
     # Pieces of a kernel call.
@@ -382,7 +364,7 @@ class _Lowering:
         return tuple(self.builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types)))
 
 
-def _kernel_name(spec: dense_kernels.DenseSpec) -> str:
+def _kernel_name(spec: DenseSpec) -> str:
     block = f"_{spec.block_rows}x4" if spec.weight == "i8_sparse" else ""
     return f"dense_{spec.weight}{block}_{spec.out_features}x{spec.in_features}_{spec.output}"
 

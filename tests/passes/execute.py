@@ -1,0 +1,39 @@
+"""Builds a lowered module and runs it on requests, for tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import tvm
+import tvm_ffi
+from tvm import relax
+from whet.passes.dialect import TILE
+from whet.passes.lower import Lowered
+from whet.schedules.isa import Isa
+
+
+def aligned(array: np.ndarray) -> tvm_ffi.Tensor:
+    """A 64-byte aligned copy as a tensor: compiled code loads whole cache lines."""
+    raw = np.empty(array.nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return tvm_ffi.from_dlpack(copy)
+
+
+def run(lowered: Lowered, isa: Isa, requests: list[np.ndarray], per_request: bool) -> np.ndarray:
+    """Compile, pack the requests, run; rows per request or per token."""
+    executable = relax.build(lowered.module, tvm.target.Target(isa.target))
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    starts = np.cumsum([0, *map(len, requests)])
+    tokens = -(-int(starts[-1]) // TILE) * TILE
+    ids, positions = np.zeros(tokens, np.int32), np.zeros(tokens, np.int32)
+    segments = np.zeros((-(-len(requests) // TILE) * TILE, 2), np.int32)
+    for i, request in enumerate(requests):
+        ids[starts[i] : starts[i + 1]] = request
+        positions[starts[i] : starts[i + 1]] = np.arange(len(request))
+        segments[i] = starts[i], len(request)
+    shaped = [a.reshape(-1, TILE) for a in (ids, positions, np.zeros_like(ids))]
+    inputs = [aligned(a) for a in (*shaped, segments.reshape(-1, TILE, 2))]
+    output = machine["main"](*inputs, tvm_ffi.convert([aligned(w) for _, w in lowered.weights])).numpy()
+    count = len(requests) if per_request else int(starts[-1])
+    return output.transpose(0, 2, 1).reshape(-1, output.shape[1])[:count]

@@ -18,6 +18,7 @@ array that looks at them.
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import os
 import struct
@@ -169,8 +170,9 @@ def _view(pages: mmap.mmap, blob: Span, weight: Weight) -> NDArray[np.generic]:
         dtype = np.dtype(weight.dtype)
     except TypeError as error:
         raise ArtifactError(f"weight {weight.name} has the unknown dtype {weight.dtype!r}") from error
-    count = int(np.prod(weight.shape, dtype=np.int64))
-    if weight.offset % ALIGNMENT or not 0 <= weight.offset <= blob.size - count * dtype.itemsize:
+    count = math.prod(weight.shape)
+    fits = 0 <= weight.offset <= blob.size - count * dtype.itemsize and min(weight.shape, default=0) >= 0
+    if not fits or weight.offset % ALIGNMENT or dtype.hasobject:
         raise ArtifactError(
             f"weight {weight.name} at {weight.offset} with shape {weight.shape} {weight.dtype} does not fit "
             f"the blob of {blob.size} bytes: the file is corrupt"

@@ -26,6 +26,9 @@ from whet.runtime.metadata import ALIGNMENT, Metadata, Weight
 
 _PAGE = 4096
 
+_CODE_ROOM = 16 << 20
+"""Bytes that object files and code are sure to fit in, twice."""
+
 # Only what TVM's loader and C programs look up stays visible.
 _EXPORTS = "{ global: whet_*; __tvm_ffi_*; __TVM*; local: *; };\n"
 
@@ -79,6 +82,7 @@ def write_module(
         (workspace / "tokenizer").write_text(tokenizer_json or "", encoding="utf-8")
         (workspace / "exports").write_text(_EXPORTS, encoding="ascii")
         (workspace / "sections.s").write_text(_assembly(), encoding="ascii")
+        _check_room(workspace / "reserve", (workspace / "weights").stat().st_size + _CODE_ROOM)
         executable.export_library(
             str(workspace / "module.so"),
             fcompile=lambda target, objects, **_: _link(compiler, workspace, Path(target), objects),
@@ -123,6 +127,13 @@ def _write_weights(path: Path, weights: Mapping[str, NDArray[np.generic]]) -> tu
             file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
         file.write(bytes(-file.tell() % ALIGNMENT))
     return tuple(table)
+
+
+def _check_room(path: Path, size: int) -> None:
+    """Find out whether the disk has room before LLVM does: when a write fails, LLVM ends the process."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    path.unlink()
 
 
 def _assembly() -> str:

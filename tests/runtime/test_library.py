@@ -1,0 +1,65 @@
+"""Finding libtvm_runtime.so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from whet.runtime import ArtifactError, library
+
+
+@pytest.fixture
+def without_tvm(monkeypatch):
+    monkeypatch.setattr(library, "sys", type("sys", (), {"modules": {}}))
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+
+
+def test_order(tmp_path, monkeypatch, without_tvm):
+    installed = library.find_runtime(tmp_path)
+    assert installed.parts[-3:] == ("tvm", "lib", library.NAME)
+    beside = tmp_path / library.NAME
+    beside.touch()
+    assert library.find_runtime(tmp_path) == beside.resolve()
+    named = tmp_path / "named.so"
+    monkeypatch.setenv(library.VARIABLE, str(named))
+    with pytest.raises(ArtifactError, match="which is no file"):
+        library.find_runtime(tmp_path)
+    named.touch()
+    assert library.find_runtime(tmp_path) == named
+
+
+def test_imported_tvm_wins(tmp_path, monkeypatch):
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    (tmp_path / library.NAME).touch()
+    import tvm  # noqa: PLC0415
+
+    assert library.find_runtime(tmp_path) == Path(tvm.__file__).parent / "lib" / library.NAME
+
+
+def test_nowhere(tmp_path, monkeypatch, without_tvm):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ArtifactError, match=r"libtvm_runtime\.so is neither in .*pip install apache-tvm"):
+        library.find_runtime(tmp_path)
+
+
+def test_not_a_library(tmp_path, monkeypatch, without_tvm):
+    (tmp_path / library.NAME).write_text("no library")
+    with pytest.raises(ArtifactError, match="does not load"):
+        library.load_runtime(tmp_path)
+
+
+def test_beside_the_module(modules, tmp_path):
+    """Deployment by copying two files, where no apache-tvm is installed."""
+    runtime = library.find_runtime(tmp_path)
+    (tmp_path / "m.so").write_bytes(modules["token"].read_bytes())
+    (tmp_path / library.NAME).write_bytes(runtime.read_bytes())
+    code = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "tvm" else find(name)
+from whet.runtime import load
+print(load(sys.argv[1]).run([[1, 2, 3]]).shape, "tvm" in sys.modules)
+print([line.split()[-1] for line in open("/proc/self/maps") if "libtvm_runtime" in line][0])
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "m.so"], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["(1, 3, 5) False", str(tmp_path / library.NAME)], done.stderr

@@ -28,7 +28,7 @@ from whet.schedules.isa import TILE, Isa, splat, view
 def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     """Return the register blocking that measured best."""
     if isa.lanes == 16:
-        return Blocking(rows=4, tiles=6, chains=12, chunk=64)
+        return Blocking(rows=4, tiles=6, chains=16, chunk=64)
     return Blocking(rows=4, tiles=1, chains=8, chunk=64)
 
 
@@ -56,7 +56,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
 
             def reduce(work: Pass, accumulators: Accumulators) -> None:
                 base = named("base", T.Bind(tile_offset(quads, work.first_tile)))
-                index = work.group * (group // rows) + work.index
+                index = work.position * (group // rows) + work.index
 
                 def step(j: Any, count: int, registers: Accumulators) -> None:
                     columns = range(work.tiles * isa.parts)

@@ -7,6 +7,7 @@ whose results the epilogue needs together (four rows make a quad), and groups in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +41,21 @@ Accumulators = list[list[Any]]
 
 
 @dataclass(frozen=True)
+class Order:
+    """The order in which groups are computed, where it is not ascending. Both map TIR expressions."""
+
+    bound: Callable[[Any], Any]
+    """From a chunk to the first position it computes."""
+    group: Callable[[Any], Any]
+    """From a position to the group that is computed there."""
+
+
+@dataclass(frozen=True)
 class Pass:
     """One reduction: what the family's ``reduce`` gets to know."""
 
-    group: Any
-    """Index of the group (TIR expression)."""
+    position: Any
+    """Position of the group in the order of computation (TIR expression)."""
     index: int
     """Number of this pass within its group."""
     rows: int
@@ -75,6 +86,11 @@ def parameter(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
     return named(name, T.match_buffer(T.arg(name, T.handle()), shape, dtype))
 
 
+def chunk_count(blocking: Blocking, out_features: int) -> int:
+    """Units of parallel work that the output rows are divided into."""
+    return max(1, round(out_features / blocking.chunk))
+
+
 def accumulate(
     isa: Isa,
     blocking: Blocking,
@@ -83,13 +99,16 @@ def accumulate(
     length: Any,
     step: Callable[[Any, int, Accumulators], None],
     dtype: str,
+    multiple: int = 1,
 ) -> None:
     """Run ``step(j, rows, accumulators)`` for j in 0…length; few chains are split over several accumulator sets.
 
-    ``accumulators`` are set, not added to.
+    ``accumulators`` are set, not added to. A ``length`` that is an expression is a multiple of ``multiple``.
     """
     columns = work.tiles * isa.parts
     splits = max(1, min(4, blocking.chains // (work.rows * columns)))
+    if not isinstance(length, int):
+        splits = math.gcd(splits, multiple)
     zero = splat(0.0 if dtype == "float32" else 0, isa.lanes, dtype)
     sets = [accumulators]
     for _ in range(splits - 1):
@@ -101,9 +120,9 @@ def accumulate(
     with T.serial(whole) as j:
         for s, registers in enumerate(sets):
             step(j * splits + s, work.rows, registers)
-    if splits > 1 and not (isinstance(length, int) and length % splits == 0):
-        with T.serial(length - whole * splits) as j:
-            step(whole * splits + j, work.rows, accumulators)
+    if isinstance(length, int):
+        for j in range(whole * splits, length):
+            step(j, work.rows, accumulators)
     for registers in sets[1:]:
         for row, extra in zip(accumulators, registers, strict=True):
             for register, other in zip(row, extra, strict=True):
@@ -119,22 +138,25 @@ def loop_nest(
     dtype: str,
     reduce: Callable[[Pass, Accumulators], None],
     finish: Callable[[Block], None],
+    order: Order | None = None,
 ) -> None:
     """Emit all loops. ``tiles`` is the symbolic number of tiles; ``group_rows`` a multiple of ``blocking.rows``.
 
-    ``reduce`` fills the accumulators of one pass, ``finish`` stores the results of one group.
+    A group with fewer rows, at the end of the matrix, always comes last. ``reduce`` fills the accumulators of one pass,
+    ``finish`` stores the results of one group.
     """
     rows = blocking.rows
     if group_rows % rows:
         raise ValueError(f"a group of {group_rows} rows cannot be made of passes of {rows}")
     groups, rest = divmod(out_features, group_rows)
-    chunks = max(1, round(out_features / blocking.chunk))
+    chunks = chunk_count(blocking, out_features)
+    order = order or Order(bound=lambda c: c * groups // chunks, group=lambda position: position)
     most = blocking.tiles
 
-    def group(g: Any, valid: int, first: Any, count: int) -> None:
+    def group(position: Any, g: Any, valid: int, first: Any, count: int) -> None:
         done: Accumulators = []
         for index in range(-(-valid // rows)):
-            work = Pass(g, index, min(rows, valid - index * rows), first, count)
+            work = Pass(position, index, min(rows, valid - index * rows), first, count)
             registers = [[isa.register(dtype) for _ in range(count * isa.parts)] for _ in range(work.rows)]
             reduce(work, registers)
             done += registers
@@ -142,13 +164,14 @@ def loop_nest(
 
     def chunk(c: Any, first: Any, count: int) -> None:
         if groups:
-            begin = named("begin", T.Bind(c * groups // chunks))
-            end = named("end", T.Bind((c + 1) * groups // chunks))
-            with T.serial(end - begin) as g:
-                group(named("group", T.Bind(begin + g)), group_rows, first, count)
+            begin = named("begin", T.Bind(order.bound(c)))
+            end = named("end", T.Bind(order.bound(c + 1)))
+            with T.serial(end - begin) as i:
+                position = named("position", T.Bind(begin + i))
+                group(position, named("group", T.Bind(order.group(position))), group_rows, first, count)
         if rest:
             with T.If(c == chunks - 1), T.Then():
-                group(groups, rest, first, count)
+                group(groups, groups, rest, first, count)
 
     # Tile blocks differ by at most one tile, so that none is left with few chains; within one, x stays in cache.
     blocks = named("blocks", T.Bind((tiles + (most - 1)) // most))

@@ -18,8 +18,10 @@ from whet.schedules.epilogue import Epilogue
 from whet.schedules.gemm import (
     Accumulators,
     Blocking,
+    Order,
     Pass,
     accumulate,
+    chunk_count,
     loop_nest,
     named,
     parameter,
@@ -28,31 +30,56 @@ from whet.schedules.gemm import (
 )
 from whet.schedules.isa import TILE, Isa, splat, view
 
+EVEN = 2
+"""Row groups have a multiple of this many blocks, so that the reduction can be split without a remainder."""
+
 
 def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     """Return the register blocking that measured best; ``rows`` divides ``block_rows``."""
     rows = min(spec.block_rows, 8 if isa.lanes == 16 else 4)
     if isa.lanes == 16:
-        return Blocking(rows=rows, tiles={1: 8, 2: 6, 4: 4, 8: 3}[rows], chains=12, chunk=64)
+        return Blocking(rows=rows, tiles={1: 8, 2: 6, 4: 4, 8: 3}[rows], chains=16, chunk=64)
     return Blocking(rows=rows, tiles={1: 4, 2: 2, 4: 1}[rows], chains=8, chunk=64)
 
 
 def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarray]:
-    """``(N, K)`` to indptr int32 ``(groups + 1,)``, index ``(blocks,)`` and blocks s8 ``(blocks, block_rows, 4)``.
+    """``(N, K)`` to five arrays: bounds, order, indptr, index, blocks.
 
-    There is always at least one block, so that no array is empty.
+    Whole groups are computed in ascending order of their number of blocks: the branch at the end of a reduction is
+    mispredicted only where that number changes. ``order`` int32 says which group stands at each position; chunk c
+    computes positions ``bounds[c]`` to ``bounds[c + 1]`` (int32), about the same number of blocks each. Blocks of row
+    group r, counted in that order, are ``indptr[r]`` to ``indptr[r + 1]`` (int32), an even number, the last perhaps
+    zero; ``index`` (uint16, or int32 for very wide layers) is the quad and ``blocks`` s8 ``(…, block_rows, 4)``.
     """
     n, k = weight.shape
-    rows = spec.block_rows
+    rows, group = spec.block_rows, _group_rows(spec)
     padded = np.zeros((math.ceil(n / rows) * rows, k), np.int8)
     padded[:n] = weight
     blocks = padded.reshape(-1, rows, k // QUAD, QUAD).transpose(0, 2, 1, 3)
-    group, index = np.nonzero(blocks.any(axis=(2, 3)))
-    indptr = np.searchsorted(group, np.arange(len(blocks) + 1)).astype(np.int32)
-    values = blocks[group, index]
-    if not len(index):
-        index, values = np.zeros(1, np.int64), np.zeros((1, rows, QUAD), np.int8)
-    return [indptr, index.astype(_index_dtype(k)), np.ascontiguousarray(values)]
+    present = blocks.any(axis=(2, 3))
+
+    whole, per_group = n // group, group // rows
+    counts = present.sum(1)
+    counts += counts % EVEN
+    work = counts[: whole * per_group].reshape(whole, per_group).sum(1)
+    order = np.argsort(work, kind="stable")
+    bounds = _balanced(work[order], chunk_count(knobs, n))
+    positions = np.concatenate(
+        [(order[:, None] * per_group + np.arange(per_group)).reshape(-1), np.arange(whole * per_group, len(blocks))]
+    )
+    indptr = np.concatenate([[0], np.cumsum(counts[positions])])
+    stored = max(int(indptr[-1]), 1)  # no array is empty, not even for a weight of zeros
+    index, values = np.zeros(stored, _index_dtype(k)), np.zeros((stored, rows, QUAD), np.int8)
+    group_of, quad = np.nonzero(present[positions])
+    at = indptr[group_of] + np.arange(len(quad)) - np.searchsorted(group_of, group_of)
+    index[at], values[at] = quad, blocks[positions[group_of], quad]
+    return [bounds, order.astype(np.int32) if whole else np.zeros(1, np.int32), indptr.astype(np.int32), index, values]
+
+
+def _balanced(work: np.ndarray, chunks: int) -> np.ndarray:
+    """Positions that cut ``work`` into chunks of about the same sum; a group costs a little even without blocks."""
+    total = np.concatenate([[0], np.cumsum(work + 2)])
+    return np.searchsorted(total, np.linspace(0, total[-1], chunks + 1)).astype(np.int32)
 
 
 def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
@@ -60,12 +87,15 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
     n, quads, block_rows, rows = spec.out_features, spec.in_features // QUAD, spec.block_rows, knobs.rows
     if block_rows % rows:
         raise ValueError(f"knobs.rows is {rows}; expected a divisor of block_rows, {block_rows}")
-    group = math.lcm(block_rows, 1 if spec.output == "tiles" else QUAD)
+    group = _group_rows(spec)
+    chunks = chunk_count(knobs, n)
     passes = block_rows // rows
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(f"sparse_i8_{block_rows}x4_{n}x{spec.in_features}")
         tiles, stored = T.int64(), T.int64()
         x = parameter("x", (tiles, quads, TILE, QUAD), "uint8")
+        bounds = parameter("bounds", (chunks + 1,), "int32")
+        order = parameter("order", (max(n // group, 1),), "int32")
         indptr = parameter("indptr", (math.ceil(n / block_rows) + 1,), "int32")
         index = parameter("index", (stored,), _index_dtype(spec.in_features))
         weight = parameter("weight", (stored, block_rows, QUAD), "int8")
@@ -79,7 +109,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
             def reduce(work: Pass, accumulators: Accumulators) -> None:
                 base = named("base", T.Bind(tile_offset(quads, work.first_tile)))
                 block, part = divmod(work.index, passes)
-                row_group = work.group * (group // block_rows) + block
+                row_group = work.position * (group // block_rows) + block
                 begin = named("block_begin", T.Bind(indptr[row_group]))
                 end = named("block_end", T.Bind(indptr[row_group + 1]))
 
@@ -94,10 +124,16 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                             register = registers[row][c]
                             T.buffer_store(register, isa.dot4(register[0], xs[c], w), [0])
 
-                accumulate(isa, knobs, work, accumulators, end - begin, step, "int32")
+                accumulate(isa, knobs, work, accumulators, end - begin, step, "int32", multiple=EVEN)
 
-            loop_nest(isa, knobs, tiles, n, group, "int32", reduce, epilogue.emit)
+            by_length = Order(bound=lambda c: bounds[c], group=lambda position: order[position])
+            loop_nest(isa, knobs, tiles, n, group, "int32", reduce, epilogue.emit, by_length)
+
     return builder.get()
+
+
+def _group_rows(spec: DenseSpec) -> int:
+    return math.lcm(spec.block_rows, 1 if spec.output == "tiles" else QUAD)
 
 
 def _index_dtype(in_features: int) -> str:

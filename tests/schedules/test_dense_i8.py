@@ -60,15 +60,20 @@ def test_knobs_change_the_code_but_not_the_result(isa):
     check(DenseSpec(50, 68, "i8_sparse", 8), isa, random_blocks(rng, 50, 68, 8, 0.5), rows, knobs)
 
 
+ZERO = [[0] * 4, [0] * 4]
+
+
 def test_packed_blocks_are_those_that_hold_a_non_zero():
     weight = np.zeros((5, 12), np.int8)
     weight[1, 3] = 7  # group 0, quad 0
     weight[4, 11] = -9  # group 2, of which only the first row exists, quad 2
     spec = DenseSpec(5, 12, "i8_sparse", 2)
-    indptr, index, blocks = sparse_i8.pack(weight, spec, Blocking(2, 1, 1, 1))
-    assert indptr.tolist() == [0, 1, 1, 2]
-    assert (index.dtype, index.tolist()) == (np.uint16, [0, 2])
-    assert blocks.tolist() == [[[0] * 4, [0, 0, 0, 7]], [[0, 0, 0, -9], [0] * 4]]
+    bounds, order, indptr, index, blocks = sparse_i8.pack(weight, spec, Blocking(2, 1, 1, 2))
+    assert order.tolist() == [1, 0]  # fewest blocks first; the incomplete group 2 follows by itself
+    assert (bounds[0], bounds[-1]) == (0, 2)
+    assert indptr.tolist() == [0, 0, 2, 4]  # an even number of blocks each
+    assert (index.dtype, index.tolist()) == (np.uint16, [0, 0, 2, 0])
+    assert blocks.tolist() == [[[0] * 4, [0, 0, 0, 7]], ZERO, [[0, 0, 0, -9], [0] * 4], ZERO]
 
 
 @pytest.mark.parametrize(

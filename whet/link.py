@@ -65,7 +65,7 @@ def write_module(
         RuntimeError: the linker fails.
 
     """
-    output = Path(output)
+    output = Path(output).absolute()  # the linker runs in another folder
     if not output.parent.is_dir():
         raise FileNotFoundError(f"the folder {output.parent} does not exist; create it, or name another output")
     if output.is_dir():

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tvm import relax
+
 from whet.frontend.model import Model
 from whet.passes import dialect
 from whet.passes.graph import Graph, arguments, attributes, is_per_token, weight_of

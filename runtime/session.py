@@ -180,7 +180,7 @@ class Session(Engine):
         check_text("question", question)
         check_text("context", context)
         for name, value, least in (
-            ("top_k", top_k or 1, 1),
+            ("top_k", 1 if top_k is None else top_k, 1),
             ("max_answer_length", max_answer_length, 1),
             ("doc_stride", doc_stride, 0),
         ):
@@ -235,9 +235,10 @@ class Session(Engine):
         inner = [(w.start, values[_tokens_of(w.encoding, 0)]) for w, values in zip(windows, rows, strict=True)]
         scores = softmax(merge_windows(inner, len(whole)))
         groups = words(whole.word_ids) if level == "word" else [slice(i, i + 1) for i in range(len(whole))]
+        offsets = whole.offsets
         tags = []
         for group in groups:
-            start, end = whole.offsets[group.start][0], whole.offsets[group.stop - 1][1]
+            start, end = offsets[group.start][0], offsets[group.stop - 1][1]
             best = self._label(scores[group.start], int(scores[group.start].argmax()))
             tags.append(Tag(start=start, end=end, text=text[start:end], **best))
         return tags
@@ -245,15 +246,20 @@ class Session(Engine):
     def _answers(self, question: str, context: str, top_k: int, most: int, overlap: int) -> list[Answer]:
         length = min(_ANSWER_WINDOW, self.metadata.max_length)
         whole, windows = self._tokenizer.pair_windows(question, context, length, overlap)
+        offsets = whole.offsets
         groups = {i: group for group in words(whole.word_ids) for i in range(group.start, group.stop)}
         found: dict[tuple[int, int], float] = {}
         for window, values in zip(windows, self._windows([w.encoding for w in windows]), strict=True):
             where = _tokens_of(window.encoding, 1)
-            for first, last, score in best_answers(values[:, 0], values[:, 1], where, most, top_k):
-                shift = window.start - where.start
-                start = whole.offsets[groups[first + shift].start][0]
-                end = whole.offsets[groups[last + shift].stop - 1][1]
-                found[start, end] = max(score, found.get((start, end), 0.0))
+            shift = window.start - where.start
+            here: dict[tuple[int, int], float] = {}
+            for first, last, score in best_answers(values[:, 0], values[:, 1], where, most):
+                start = offsets[groups[first + shift].start][0]
+                end = offsets[groups[last + shift].stop - 1][1]
+                here.setdefault((start, end), score)
+                if len(here) == top_k:
+                    break
+            found.update({span: max(score, found.get(span, 0.0)) for span, score in here.items()})
         best = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:top_k]
         answers = [Answer(answer=context[a:b], start=a, end=b, score=score) for (a, b), score in best]
         return answers or [Answer(answer="", start=0, end=0, score=0.0)]

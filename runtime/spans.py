@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,13 +47,13 @@ def merge_windows(windows: Sequence[tuple[int, NDArray[np.float32]]], tokens: in
 def words(word_ids: Sequence[int | None]) -> list[slice]:
     """Group consecutive tokens of the same word; a token that belongs to none stands alone."""
     starts = [i for i, w in enumerate(word_ids) if i == 0 or w is None or w != word_ids[i - 1]]
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(word_ids)], strict=True)]
+    return [slice(a, b) for a, b in pairwise([*starts, len(word_ids)])]
 
 
 def best_answers(
-    start: NDArray[np.float32], end: NDArray[np.float32], context: slice, max_length: int, top_k: int
-) -> list[tuple[int, int, float]]:
-    """Most probable answers in one window, as ``(first token, last token, probability)``, best first.
+    start: NDArray[np.float32], end: NDArray[np.float32], context: slice, max_length: int
+) -> Iterator[tuple[int, int, float]]:
+    """Answers in one window, as ``(first token, last token, probability)``, most probable first.
 
     The probability of a span is that of its start times that of its end, over the context and token 0, where models
     put what they find unanswerable (SQuAD 2.0; Devlin et al. 2019, section 4.3).
@@ -62,15 +63,13 @@ def best_answers(
         end: logits ``(tokens,)``.
         context: the tokens that may be part of an answer.
         max_length: most tokens of an answer.
-        top_k: most answers.
 
     """
     size = context.stop - context.start
-    if size == 0:
-        return []
     p_start, p_end = (softmax(np.append(logits[context], logits[0]))[:size] for logits in (start, end))
-    joint = np.triu(np.outer(p_start, p_end))
-    joint -= np.triu(joint, max_length)
-    order = np.argsort(-joint, axis=None, kind="stable")[:top_k]
-    pairs = (divmod(int(i), size) for i in order)
-    return [(context.start + s, context.start + e, float(joint[s, e])) for s, e in pairs if joint[s, e] > 0]
+    first, extra = np.indices((size, min(max_length, size))).reshape(2, -1)
+    inside = first + extra < size
+    first, last = first[inside], (first + extra)[inside]
+    joint = p_start[first] * p_end[last]
+    for i in np.argsort(-joint, kind="stable"):
+        yield context.start + int(first[i]), context.start + int(last[i]), float(joint[i])

@@ -61,7 +61,7 @@ class Tokenizer:
         return backend
 
     def encode(self, texts: Sequence[Text]) -> list[Encoding]:
-        """Encode texts and pairs, truncated to ``max_length`` (of pairs, the longer text first), without offsets."""
+        """Encode texts and pairs, truncated to ``max_length`` (of pairs, the longer text first): ids and types only."""
         if self._parallel:
             return list(self._truncating.encode_batch_fast(texts))
         return [self._truncating.encode_batch_fast([text])[0] for text in texts]

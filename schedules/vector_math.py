@@ -19,6 +19,7 @@ from tvm.script.ir_builder import tirx as T
 from whet.schedules.isa import fma, splat
 
 _LOG2_E = math.log2(math.e)
+_ROUNDING = 1.5 * 2.0**23
 
 Vector = Any
 """A TIR expression of type float32x8 or float32x16."""
@@ -81,6 +82,21 @@ def exp(x: Vector, lanes: int) -> Vector:
     # At −88 the remainder is positive, as _scale needs it.
     bounded = T.max(x, splat(-88.0, lanes))
     return let(bounded, lambda x: let(_round(x * splat(_LOG2_E, lanes), lanes), lambda n: of_integer(x, n)))
+
+
+def exp2_of_product(x: Vector, y: Vector, factor: float, lanes: int, degree: int = 5) -> Vector:
+    """``factor · 2^(x·y)`` for −10⁶ ≤ x·y ≤ 0 and 1 ≤ factor; the product is not rounded. Errors as for ``exp2``.
+
+    Adding 1.5·2²³ rounds to an integer in one instruction with the product.
+    """
+    magic = splat(_ROUNDING, lanes)
+    coefficients = tuple(factor * c for c in _EXP2[degree])
+
+    def of_integer(x: Vector, n: Vector) -> Vector:
+        mantissa = polynomial(fma(x, y, -n), coefficients, lanes)
+        return _scale(mantissa, n if lanes == 16 else T.max(n, splat(-126.0, lanes)), lanes)
+
+    return let(x, lambda x: let(fma(x, y, magic) - magic, lambda n: of_integer(x, n)))
 
 
 def gelu(x: Vector, lanes: int) -> Vector:
@@ -159,7 +175,7 @@ def _representable(t: Vector, lanes: int) -> Vector:
 
 
 def _scale(y: Vector, n: Vector, lanes: int) -> Vector:
-    """Scale y by 2^n for an integer n; for n = −127 y must be at least 1."""
+    """Scale y by 2^n for an integer n; y · 2^n must not be below 2^-126, or be 2^-127 exactly."""
     if lanes == 16:
         return T.call_llvm_pure_intrin(
             "float32x16", "llvm.x86.avx512.mask.scalef.ps.512", y, n, splat(0.0, 16), T.int16(-1), T.int32(4)

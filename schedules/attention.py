@@ -1,0 +1,61 @@
+"""Attention within each request of a packed batch: what to compute, and which kernel computes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tvm import tirx
+from whet.schedules.attention_f32 import attention_f32
+from whet.schedules.attention_i8 import attention_i8
+from whet.schedules.isa import Isa
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """``softmax(Q·Kᵀ)·V`` per head and request.
+
+    Arguments for i8: q ``(nt, C/4, 16, 4)`` uint8 with zero point 128, k like q but int8, v ``(nt, C, 16)`` int8,
+    segments ``(ng, 16, 2)`` int32, params ``(4,)`` float32, out ``(nt, C/4, 16, 4)`` uint8; C = heads × head_size. The
+    params are the factor of the scores, that of the result, and its zero point:
+
+        p = round(255 · exp(score − max score)),  score = params[0] · (q − 128)·k
+        out = clamp(round(params[1] · Σ p·v / Σ p + params[2]), 0, 255)
+
+    Arguments for f32: qkv ``(nt, 3C, 16)`` with the channels of Q, K, V in turn, segments, out ``(nt, C, 16)``; the
+    factor of the scores is ``scale``, and lanes of no request become 0.
+    """
+
+    heads: int
+    head_size: int
+    precision: Literal["i8", "f32"]
+    max_length: int
+    """Longest request in tokens; the kernel has room for no more and does not check."""
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("i8", "f32"):
+            raise ValueError(f"precision is {self.precision!r}; expected 'i8' or 'f32'")
+        if self.precision == "i8" and self.head_size % 4:
+            raise ValueError(f"head_size is {self.head_size}; int8 attention needs a multiple of 4, so pad the heads")
+        if self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class AttentionKnobs:
+    """How an attention kernel uses the registers."""
+
+    accumulators: int
+    """Keys whose scores, and channels whose results, are summed at once: 4, 8 or 16."""
+
+    @staticmethod
+    def default(isa: Isa) -> AttentionKnobs:
+        """As many as leave registers for the operands."""
+        return AttentionKnobs(isa.registers // 2)
+
+
+def attention(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs | None = None) -> tirx.PrimFunc:
+    """Attention kernel, parallel over heads and tiles of queries; the arguments are the specification's."""
+    generate = attention_i8 if spec.precision == "i8" else attention_f32
+    return generate(spec, isa, knobs or AttentionKnobs.default(isa))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from whet.schedules import dense_f32, dense_i8, sparse_i8
+from whet.schedules import dense_amx, dense_f32, dense_i8, sparse_i8
 from whet.schedules.dense_spec import BLOCK_ROWS, DenseSpec, Output, Weight
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import Isa
@@ -34,7 +34,9 @@ class DenseKernel:
 
 def dense(spec: DenseSpec, isa: Isa, knobs: Blocking | None = None) -> DenseKernel:
     """Generate the kernel for a layer; ``knobs`` default to what is good on ``isa``."""
-    family = {"f32": dense_f32, "i8": dense_i8, "i8_sparse": sparse_i8}[spec.weight]
+    family: Any = {"f32": dense_f32, "i8": dense_i8, "i8_sparse": sparse_i8}[spec.weight]
+    if dense_amx.supports(spec, isa):
+        family = dense_amx
     knobs = knobs or family.default_knobs(spec, isa)
     dtype = np.dtype(np.float32 if spec.weight == "f32" else np.int8)
 

@@ -16,7 +16,7 @@ from whet.runtime.artifact import Artifact
 from whet.runtime.cpu import check_cpu, request_amx
 from whet.runtime.library import load_runtime
 from whet.runtime.metadata import ArtifactError, Metadata
-from whet.runtime.packing import aligned, pack, positions_within, split, unpack
+from whet.runtime.packing import aligned, pack, positions_within, split, starts, unpack
 from whet.runtime.threads import available_cpus, use_threads
 
 _CPU, _DEVICE, _POOLED = 1, 0, 2
@@ -76,25 +76,22 @@ class Engine:
         types = _like(ids, "token_type_ids", token_type_ids)
         if mask is not None:
             _check_range("attention_mask", mask, 2)
-        kept = np.ones_like(ids, np.bool_) if mask is None else mask.astype(np.bool_)
-        lengths = np.full(batch, sequence) if mask is None else kept.sum(axis=1)
+        kept = None if mask is None else mask.astype(np.bool_)
+        lengths = np.full(batch, sequence) if kept is None else kept.sum(axis=1)
         if batch and not lengths.all():
             raise ValueError(f"row {np.argmin(lengths)} is empty; expected a token (mask 1) in every row")
-        positions = np.broadcast_to(np.arange(sequence), ids.shape)
         if self.metadata.convention == "padded":
-            ones, zeros = (np.full_like(ids, value) for value in (1, 0))
-            self._check(ids[kept], positions[kept], None if types is None else types[kept])
-            given = {
-                "input_ids": ids,
-                "attention_mask": ones if mask is None else mask,
-                "token_type_ids": zeros if types is None else types,
-            }
-            return self._run_padded(given, kept)
-        packed = self._run_packed(ids[kept], lengths, positions[kept], None if types is None else types[kept])
+            return self._run_padded(ids, kept, types)
+        if kept is None:
+            rows = self._run_requests(ids.reshape(-1), lengths, None if types is None else types.reshape(-1))
+            return rows if self.metadata.output.per == "request" else rows.reshape(batch, sequence, rows.shape[1])
+        columns = np.broadcast_to(np.arange(sequence), ids.shape)[kept]
+        self._check_positions(columns)
+        rows = self._run_packed(ids[kept], lengths, columns, None if types is None else types[kept])
         if self.metadata.output.per == "request":
-            return packed
-        out = np.zeros((batch, sequence, packed.shape[1]), np.float32)
-        out[kept] = packed
+            return rows
+        out = np.zeros((batch, sequence, rows.shape[1]), np.float32)
+        out[kept] = rows
         return out
 
     def run_packed(
@@ -127,18 +124,30 @@ class Engine:
             raise ValueError(f"lengths sum to {sizes.sum()}, there are {tokens.size} ids; expected the same")
         places = _like(tokens, "positions", positions)
         types = _like(tokens, "token_types", token_types)
+        if places is None:
+            return self._run_requests(tokens, sizes, types)
         if self.metadata.convention == "padded":
-            if places is not None:
-                raise ValueError(f"{self.path} takes padded batches, so positions cannot be chosen; leave them out")
-            return self._run_one_by_one(tokens, sizes, types)
-        return self._run_packed(tokens, sizes, positions_within(sizes) if places is None else places, types)
+            raise ValueError(f"{self.path} takes padded batches, so positions cannot be chosen; leave them out")
+        self._check_positions(places)
+        return self._run_packed(tokens, sizes, places, types)
+
+    def _run_requests(
+        self, ids: NDArray[Any], lengths: NDArray[np.int64], types: NDArray[Any] | None
+    ) -> NDArray[np.float32]:
+        if self.metadata.convention == "packed":
+            return self._run_packed(ids, lengths, positions_within(lengths), types)
+        # Batches of one: without padding no answer can depend on its neighbours.
+        first = starts(lengths)
+        spans = [slice(a, a + n) for a, n in zip(first, lengths, strict=True)]
+        rows = [self.run(ids[None, s], None, None if types is None else types[None, s]) for s in spans]
+        channels = self.metadata.output.channels
+        return np.concatenate([np.empty((0, channels), np.float32), *(row.reshape(-1, channels) for row in rows)])
 
     def _run_packed(
-        self, ids: NDArray[Any], lengths: NDArray[Any], positions: NDArray[Any], types: NDArray[Any] | None
+        self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any], types: NDArray[Any] | None
     ) -> NDArray[np.float32]:
-        """Check the tokens, then run whole requests in calls of at most ``max_tokens`` tokens."""
-        self._check(ids, positions, types)
-        types = np.zeros_like(ids) if types is None else types
+        """Run whole requests in calls of at most ``max_tokens`` tokens. Positions have been checked."""
+        self._check_tokens(ids, types)
         if lengths.size and lengths.max() > self.metadata.max_length:
             raise ValueError(self._too_long(f"request {np.argmax(lengths)} has {lengths.max()} tokens"))
         per_token = self.metadata.output.per == "token"
@@ -147,50 +156,53 @@ class Engine:
         for requests in split(lengths, self.metadata.max_tokens):
             tokens = slice(start, start + int(lengths[requests].sum()))
             rows = tokens if per_token else requests
-            args = pack(ids[tokens], positions[tokens], types[tokens], lengths[requests])
+            args = pack(ids[tokens], positions[tokens], 0 if types is None else types[tokens], lengths[requests])
             out[rows] = unpack(self._call(args)[0], rows.stop - rows.start)
             start = tokens.stop
         return out
 
-    def _run_one_by_one(
-        self, ids: NDArray[Any], lengths: NDArray[Any], types: NDArray[Any] | None
+    def _run_padded(
+        self, ids: NDArray[Any], kept: NDArray[np.bool_] | None, types: NDArray[Any] | None
     ) -> NDArray[np.float32]:
-        """Without padding no answer can depend on its neighbours."""
-        ends = np.cumsum(lengths)
-        spans = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
-        rows = [self.run(ids[None, s], None, None if types is None else types[None, s]) for s in spans]
-        channels = self.metadata.output.channels
-        return np.concatenate([np.empty((0, channels), np.float32), *(row.reshape(-1, channels) for row in rows)])
-
-    def _run_padded(self, given: dict[str, NDArray[Any]], kept: NDArray[np.bool_]) -> NDArray[np.float32]:
+        self._check_tokens(ids if kept is None else ids[kept], types if kept is None or types is None else types[kept])
+        if ids.shape[1] > self.metadata.max_length:
+            raise ValueError(self._too_long(f"the rows have {ids.shape[1]} tokens"))
         per_token = self.metadata.output.per == "token"
-        if not len(kept):
-            return np.empty((0, *kept.shape[1:][:per_token], self.metadata.output.channels), np.float32)
+        if not len(ids):
+            return np.empty((0, *ids.shape[1:][:per_token], self.metadata.output.channels), np.float32)
+        given = {
+            "input_ids": ids if kept is None else np.where(kept, ids, self.metadata.pad_token_id),
+            "attention_mask": 1 if kept is None else kept,
+            "token_type_ids": 0 if types is None else types if kept is None else np.where(kept, types, 0),
+        }
         args = []
         for name in self.metadata.inputs:
             if name not in given:
                 raise ValueError(
                     f"the model wants the input {name!r}, which run() cannot give: only {', '.join(given)}"
                 )
-            args.append(aligned(kept.shape, np.int64))
+            args.append(aligned(ids.shape, np.int64))
             args[-1][...] = given[name]
         values = self._call(args)
         # Question answering graphs return start and end logits apart; elsewhere the first output is the answer.
         pair = self.metadata.task == "question_answering" and len(values) > 1
         out = np.stack(values[:2], axis=-1) if pair else values[0]
-        if per_token:
+        if per_token and kept is not None:
             out[~kept] = 0
         return out
 
-    def _check(self, ids: NDArray[Any], positions: NDArray[Any], types: NDArray[Any] | None) -> None:
-        """Check every index into a table here: kernels do not."""
+    # Kernels do not check bounds: every index into a table is checked here.
+
+    def _check_tokens(self, ids: NDArray[Any], types: NDArray[Any] | None) -> None:
         _check_range("input_ids", ids, self.metadata.vocab_size)
         if types is not None:
             _check_range("token_type_ids", types, self.metadata.type_vocab_size)
-        if positions.size and positions.min() < 0:
-            raise ValueError(f"positions contains {positions.min()}; expected at least 0")
+
+    def _check_positions(self, positions: NDArray[Any]) -> None:
         if positions.size and positions.max() >= self.metadata.max_length:
             raise ValueError(self._too_long(f"a token stands at position {positions.max()}"))
+        if positions.size and positions.min() < 0:
+            raise ValueError(f"positions contains {positions.min()}; expected at least 0")
 
     def _too_long(self, what: str) -> str:
         return f"{what}; this model takes at most {self.metadata.max_length} tokens: truncate the input"
@@ -234,7 +246,7 @@ def _integers(name: str, value: ArrayLike, dimensions: int) -> NDArray[Any]:
         return array.astype(np.int64)  # NumPy's guess for empty lists
     if array.dtype.kind not in "iub":
         raise ValueError(f"{name} has dtype {array.dtype}; expected integers")
-    return array
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _like(ids: NDArray[Any], name: str, value: ArrayLike | None) -> NDArray[Any] | None:
@@ -247,7 +259,8 @@ def _like(ids: NDArray[Any], name: str, value: ArrayLike | None) -> NDArray[Any]
 
 
 def _check_range(name: str, values: NDArray[Any], size: int) -> None:
-    if values.size and not 0 <= values.min() <= values.max() < size:
+    # As unsigned, negative values are too large as well: one pass instead of two.
+    if values.size and values.view(f"u{values.itemsize}").max() >= size:
         wrong = values.min() if values.min() < 0 else values.max()
         raise ValueError(f"{name} contains {wrong}; expected values from 0 to {size - 1}")
 

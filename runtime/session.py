@@ -216,7 +216,7 @@ class Session(Engine):
         types = None
         if self.metadata.type_vocab_size > 1:
             types = np.array([i for e in encodings for i in e.type_ids], np.int32)
-        return self.run_packed(ids, np.array([len(e) for e in encodings]), token_types=types)
+        return self._run_requests(ids, np.array([len(e) for e in encodings], np.int64), types)
 
     def _windows(self, encodings: Sequence[Encoding]) -> Iterator[NDArray[np.float32]]:
         """Rows per token of each encoding."""

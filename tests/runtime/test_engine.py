@@ -55,7 +55,7 @@ def test_defaults_are_all_kept_and_type_zero(token):
     np.testing.assert_array_equal(token.run(ids), token.run(ids, np.ones_like(ids), np.zeros_like(ids)))
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.uint64])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.uint64, ">i8"])
 def test_any_integer_dtype(token, dtype):
     ids = np.arange(12, dtype=dtype).reshape(2, 6)
     np.testing.assert_array_equal(token.run(ids, np.ones_like(ids), np.zeros_like(ids)), token.run(ids.tolist()))
@@ -127,7 +127,8 @@ ROW = [[1, 2, 3]]
         ((ROW, None, [[0, 0, 2]]), "token_type_ids contains 2; expected values from 0 to 1"),
         ((ROW, None, [[0, 0]]), "token_type_ids has shape"),
         ((np.zeros((1, 0), int),), "row 0 is empty"),
-        ((np.zeros((1, MAX_LENGTH + 1), int),), f"position {MAX_LENGTH}; this model takes at most {MAX_LENGTH} tokens"),
+        ((np.zeros((1, MAX_LENGTH + 1), int),), f"has {MAX_LENGTH + 1} tokens; this model takes at most {MAX_LENGTH}"),
+        (([[1] * 70], [[0] * 69 + [1]]), "a token stands at position 69"),
     ],
 )
 def test_run_checks_its_input(token, arguments, message):
@@ -151,7 +152,7 @@ def test_values_where_the_mask_is_zero_are_not_looked_at(token):
         (([1, 2], [2], [0, MAX_LENGTH]), f"position {MAX_LENGTH}"),
         (([1, 2], [2], [-1, 0]), "positions contains -1"),
         (([1, 2], [2], [0]), "positions has shape"),
-        (([0] * (MAX_LENGTH + 1), [MAX_LENGTH + 1]), f"position {MAX_LENGTH}"),
+        (([0] * (MAX_LENGTH + 1), [MAX_LENGTH + 1]), "request 0 has 65 tokens"),
         (([0] * (MAX_LENGTH + 1), [MAX_LENGTH + 1], [0] * (MAX_LENGTH + 1)), "request 0 has 65 tokens"),
     ],
 )
@@ -174,6 +175,9 @@ def test_padded_convention(modules):
         session.run_packed([1, 2], [2], [0, 1])
     with pytest.raises(ValueError, match="input_ids contains 50"):
         session.run([[50]])
+    with pytest.raises(ValueError, match="the rows have 65 tokens"):
+        session.run(np.zeros((2, 65), int))
+    np.testing.assert_array_equal(session.run([[1, 99]], [[1, 0]])[0, 0], word[1])
 
 
 def test_padded_convention_with_two_outputs(tmp_path):

@@ -1,0 +1,303 @@
+"""Scores a compiled module on labelled data, and compares its answers with those of another module.
+
+The scores are the ones the data sets are published with: correlation for pairs with a similarity, accuracy for
+classes, exact match and F1 for answers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whet.datasets import Dataset, LabelledText, Question, ScoredPair
+from whet.runtime import Session
+
+Array: TypeAlias = NDArray[Any]
+Advance: TypeAlias = Callable[[int], None]
+
+BATCH = 64
+"""Texts given to a module at once; progress advances in these steps."""
+
+
+class Progress(Protocol):
+    """The protocol of ``whet.passes.pipeline.Progress``, said again because that needs the compiler."""
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """Enter a phase; the value it gives takes the count done so far."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a module scored."""
+
+    module: str
+    rows: int
+    scores: dict[str, float]
+    """Shares and correlations between -1 and 1, in points of 100 for exact match and F1 (as SQuAD has them)."""
+    seconds: float
+    """Tokenisation included."""
+    against: dict[str, float] = field(default_factory=dict)
+    """How the answers agree with those of the other module, and its scores with the suffix ``_other``."""
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """The evaluation as one JSON object."""
+        return json.dumps(asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        lines = [f"{self.module}: {self.rows} rows in {self.seconds:.1f} s"]
+        lines += [f"  {name:24} {value:.4f}" for name, value in (self.scores | self.against).items()]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def evaluate(
+    session: Session, data: Dataset, progress: Progress | None = None, against: Session | None = None
+) -> Evaluation:
+    """Score ``session`` on ``data``; ``against`` is another build of the same model, such as its fp32.
+
+    Raises:
+        ValueError: the module's task is not what the rows ask for, or a label is none of the model's.
+
+    """
+    judge = _judge(session, data)
+    seconds, scores, outputs = _run(judge, session, progress, "evaluate")
+    agreement: dict[str, float] = {}
+    if against is not None:
+        _, other_scores, other_outputs = _run(judge, against, progress, "evaluate the other module")
+        agreement = judge.agreement(outputs, other_outputs)
+        agreement |= {f"{name}_other": value for name, value in other_scores.items()}
+        agreement |= {f"{name}_difference": scores[name] - value for name, value in other_scores.items()}
+    return Evaluation(
+        module=str(session.path),
+        rows=len(data.rows),
+        scores=scores,
+        seconds=seconds,
+        against=agreement,
+        notes=data.notes,
+    )
+
+
+def _run(
+    judge: _Judge, session: Session, progress: Progress | None, name: str
+) -> tuple[float, dict[str, float], Sequence[Any]]:
+    start = time.perf_counter()
+    if progress is None:
+        outputs = judge.answer(session, lambda _: None)
+    else:
+        with progress.phase(name, judge.count) as advance:
+            outputs = judge.answer(session, advance)
+    return time.perf_counter() - start, judge.score(outputs), outputs
+
+
+class _Judge(Protocol):
+    """One way of scoring: ask the module, score its outputs, compare them with another module's."""
+
+    count: int
+
+    def answer(self, session: Session, advance: Advance) -> Sequence[Any]: ...
+    def score(self, outputs: Any) -> dict[str, float]: ...
+    def agreement(self, outputs: Any, other: Any) -> dict[str, float]: ...
+
+
+def _judge(session: Session, data: Dataset) -> _Judge:
+    task = session.metadata.task
+    kind = type(data.rows[0])
+    if kind is ScoredPair and task == "embedding":
+        return _Similarity([r for r in data.rows if isinstance(r, ScoredPair)])
+    if kind is ScoredPair and task == "sequence_classification" and session.metadata.output.channels == 1:
+        return _PairScore([r for r in data.rows if isinstance(r, ScoredPair)])
+    if kind is LabelledText and task == "sequence_classification":
+        return _Classes([r for r in data.rows if isinstance(r, LabelledText)], session)
+    if kind is Question and task == "question_answering":
+        return _Answers([r for r in data.rows if isinstance(r, Question)])
+    wanted = {
+        ScoredPair: "an embedding model, or a classifier with one label",
+        LabelledText: "a sequence_classification model",
+        Question: "a question_answering model",
+    }
+    raise ValueError(f"{session.path} is a {task} model; this data asks for {wanted[kind]}")
+
+
+class _Similarity:
+    """Correlation of cosine similarities with the scores of people."""
+
+    def __init__(self, rows: list[ScoredPair]) -> None:
+        self.rows = rows
+        self.count = 2 * len(rows)
+
+    def answer(self, session: Session, advance: Advance) -> Array:
+        texts = [text for row in self.rows for text in (row.first, row.second)]
+        return np.concatenate([session.encode(part) for part in _batches(texts, advance)])
+
+    def score(self, outputs: Array) -> dict[str, float]:
+        return _correlations(_cosines(outputs[::2], outputs[1::2]), self.rows)
+
+    def agreement(self, outputs: Array, other: Array) -> dict[str, float]:
+        cosines = _cosines(outputs, other)
+        return {"cosine_mean": float(cosines.mean()), "cosine_least": float(cosines.min())}
+
+
+class _PairScore:
+    """Correlation of a cross-encoder's only logit with the scores of people."""
+
+    def __init__(self, rows: list[ScoredPair]) -> None:
+        self.rows = rows
+        self.count = len(rows)
+
+    def answer(self, session: Session, advance: Advance) -> Array:
+        pairs = [(row.first, row.second) for row in self.rows]
+        return np.concatenate([session.logits(part)[:, 0] for part in _batches(pairs, advance)])
+
+    def score(self, outputs: Array) -> dict[str, float]:
+        return _correlations(outputs, self.rows)
+
+    def agreement(self, outputs: Array, other: Array) -> dict[str, float]:
+        return {"logit_difference_most": float(np.abs(outputs - other).max())}
+
+
+class _Classes:
+    """Share of texts whose class the model finds."""
+
+    def __init__(self, rows: list[LabelledText], session: Session) -> None:
+        self.rows = rows
+        self.count = len(rows)
+        self.classes = session.metadata.output.channels
+        if self.classes < 2:
+            raise ValueError(f"{session.path} has a single label; accuracy needs a classifier with two or more")
+        self.expected = np.array(
+            [class_of(row.label, session.metadata.labels, self.classes) for row in rows], dtype=np.int64
+        )
+
+    def answer(self, session: Session, advance: Advance) -> Array:
+        if session.metadata.output.channels != self.classes:
+            raise ValueError(f"{session.path} has {session.metadata.output.channels} labels; expected {self.classes}")
+        texts = [row.text for row in self.rows]
+        return np.concatenate([session.logits(part) for part in _batches(texts, advance)])
+
+    def score(self, outputs: Array) -> dict[str, float]:
+        return {"accuracy": float((outputs.argmax(axis=1) == self.expected).mean())}
+
+    def agreement(self, outputs: Array, other: Array) -> dict[str, float]:
+        return {
+            "same_class": float((outputs.argmax(axis=1) == other.argmax(axis=1)).mean()),
+            "logit_cosine_mean": float(_cosines(outputs, other).mean()),
+        }
+
+
+class _Answers:
+    """Exact match and F1 of answers, with the normalisation of SQuAD's own script (Rajpurkar et al. 2016)."""
+
+    def __init__(self, rows: list[Question]) -> None:
+        self.rows = rows
+        self.count = len(rows)
+
+    def answer(self, session: Session, advance: Advance) -> list[str]:
+        answers = []
+        for i, row in enumerate(self.rows, 1):
+            answers.append(session.answer(row.question, row.context)["answer"])
+            advance(i)
+        return answers
+
+    def score(self, outputs: Sequence[str]) -> dict[str, float]:
+        pairs = list(zip(outputs, self.rows, strict=True))
+        exact = [max(exact_match(answer, gold) for gold in row.answers) for answer, row in pairs]
+        f1 = [max(f1_score(answer, gold) for gold in row.answers) for answer, row in pairs]
+        return {"exact_match": 100 * float(np.mean(exact)), "f1": 100 * float(np.mean(f1))}
+
+    def agreement(self, outputs: Sequence[str], other: Sequence[str]) -> dict[str, float]:
+        pairs = list(zip(outputs, other, strict=True))
+        return {
+            "same_answer": float(np.mean([a == b for a, b in pairs])),
+            "answer_f1": 100 * float(np.mean([f1_score(a, b) for a, b in pairs])),
+        }
+
+
+def pearson(x: Array, y: Array) -> float:
+    """Pearson correlation of two 1-D arrays.
+
+    Raises:
+        ValueError: fewer than 2 values, or one array is constant.
+
+    """
+    a, b = (np.asarray(v, np.float64) - np.mean(v, dtype=np.float64) for v in (x, y))
+    spread = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    if len(a) < 2 or spread == 0:
+        raise ValueError("a correlation needs at least 2 rows that differ; take more rows")
+    return float((a * b).sum() / spread)
+
+
+def spearman(x: Array, y: Array) -> float:
+    """Spearman correlation: Pearson's of the ranks, where ties have the mean of their ranks. Raises as ``pearson``."""
+    return pearson(ranks(x), ranks(y))
+
+
+def ranks(values: Array) -> NDArray[np.float64]:
+    """Rank every value from 1; equal values get the mean of the ranks they cover."""
+    _, group, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean: NDArray[np.float64] = (last - (counts - 1) / 2)[group.reshape(-1)]
+    return mean
+
+
+def class_of(label: str, names: Sequence[str], classes: int) -> int:
+    """Return the index of a class from its name (in any case) or its number.
+
+    Raises:
+        ValueError: it is neither.
+
+    """
+    if label in names:
+        return names.index(label)
+    folded = [name.casefold() for name in names]
+    if folded.count(label.casefold()) == 1:
+        return folded.index(label.casefold())
+    if label.isdecimal() and int(label) < classes:
+        return int(label)
+    shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    raise ValueError(f"label {label!r} is none of the model's {classes} ({shown}), nor a number below {classes}")
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case, without punctuation, articles and extra white space, as SQuAD's script compares answers."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(answer: str, gold: str) -> bool:
+    """Whether two answers are the same after normalisation."""
+    return normalise_answer(answer) == normalise_answer(gold)
+
+
+def f1_score(answer: str, gold: str) -> float:
+    """F1 of the words that two answers share, counted with repeats."""
+    words, expected = normalise_answer(answer).split(), normalise_answer(gold).split()
+    shared = sum((Counter(words) & Counter(expected)).values())
+    return 2 * shared / (len(words) + len(expected)) if shared else 0.0
+
+
+def _correlations(values: Array, rows: Sequence[ScoredPair]) -> dict[str, float]:
+    gold = np.array([row.score for row in rows])
+    return {"spearman": spearman(values, gold), "pearson": pearson(values, gold)}
+
+
+def _cosines(a: Array, b: Array) -> Array:
+    """Cosine of each row of ``a`` with the same row of ``b``."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.asarray((a * b).sum(axis=1) / np.maximum(lengths, 1e-12))
+
+
+def _batches(items: list[Any], advance: Advance) -> Iterator[list[Any]]:
+    for start in range(0, len(items), BATCH):
+        yield items[start : start + BATCH]
+        advance(min(start + BATCH, len(items)))

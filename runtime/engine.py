@@ -140,8 +140,8 @@ class Engine:
         first = starts(lengths)
         spans = [slice(a, a + n) for a, n in zip(first, lengths, strict=True)]
         rows = [self.run(ids[None, s], None, None if types is None else types[None, s]) for s in spans]
-        channels = self.metadata.output.channels
-        return np.concatenate([np.empty((0, channels), np.float32), *(row.reshape(-1, channels) for row in rows)])
+        rows = rows or [np.empty((0, self.metadata.output.channels), np.float32)]
+        return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
 
     def _run_packed(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any], types: NDArray[Any] | None

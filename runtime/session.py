@@ -204,11 +204,8 @@ class Session(Engine):
 
     def _rows(self, texts: list[Text]) -> NDArray[np.float32]:
         """One row of output per text or pair."""
-        out = np.empty((len(texts), self.metadata.output.channels), np.float32)
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            some = slice(start, start + _TEXTS_AT_ONCE)
-            out[some] = self._run_encodings(self._tokenizer.encode(texts[some]))
-        return out
+        chunks = [texts[i : i + _TEXTS_AT_ONCE] for i in range(0, len(texts), _TEXTS_AT_ONCE)] or [texts]
+        return np.concatenate([self._run_encodings(self._tokenizer.encode(chunk)) for chunk in chunks])
 
     def _run_encodings(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
         ids = np.array([i for e in encodings for i in e.ids], np.int32)

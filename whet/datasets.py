@@ -118,9 +118,7 @@ def read_stsb(path: Path) -> Dataset:
     for i, line in lines:
         fields = line.split("\t")
         if len(fields) <= max(columns):
-            raise ValueError(
-                f"{path}:{i} has {len(fields)} tab-separated fields; STS-B has at least {max(columns) + 1}"
-            )
+            raise ValueError(f"{path}:{i} has {len(fields)} tab-separated fields; expected at least {max(columns) + 1}")
         first, second, score = (fields[c] for c in columns)
         rows.append(ScoredPair(first, second, _number(score, f"{path}:{i}: the score")))
     return Dataset(rows)
@@ -168,7 +166,7 @@ def read_squad(path: Path) -> Dataset:
 
 
 def read_csv(path: Path) -> Dataset:
-    """CSV with a header: ``text,label``, ``text_a,text_b,label`` or ``text_a,text_b,score``; other columns are ignored."""
+    """CSV with a header: ``text,label``, ``text_a,text_b,label`` or ``text_a,text_b,score``; others are ignored."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         names = set(reader.fieldnames or ())

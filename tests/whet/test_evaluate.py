@@ -120,7 +120,7 @@ def test_accuracy_counts_right_classes_over_batches():
     result = evaluate(session, Dataset(rows), progress)
     assert result.scores == {"accuracy": pytest.approx(100 / 150)}
     assert progress.seen == [("evaluate", 64, 150), ("evaluate", 128, 150), ("evaluate", 150, 150)]
-    other = FakeSession("sequence_classification", logits=dict.fromkeys(texts, [0, 1]))
+    other = FakeSession("sequence_classification", logits=dict.fromkeys(texts, (0, 1)))
     assert evaluate(session, Dataset(rows), against=other).against["same_class"] == pytest.approx(100 / 150)
 
 

@@ -83,6 +83,7 @@ class _Lowering:
         self.weights: list[tuple[str, Array]] = []
         self.weight_vars: list[relax.Var] = []
         self.kernels: dict[Hashable, Any] = {}
+        self.functions: dict[tirx.PrimFunc, Any] = {}
 
     def run(self) -> Lowered:
         tiles, groups = tirx.Var("tiles", "int64"), tirx.Var("groups", "int64")
@@ -334,6 +335,7 @@ class _Lowering:
         return var
 
     def kernel(self, key: Hashable, make: Any) -> Any:
+        """What ``make`` returns, made once per key."""
         if key not in self.kernels:
             self.kernels[key] = make()
         return self.kernels[key]
@@ -341,23 +343,28 @@ class _Lowering:
     def call(
         self,
         name: str,
-        key: Hashable,
+        spec: Hashable,
         generator: Any,
         inputs: list[relax.Expr],
         weights: list[Array],
         types: list[relax.TensorType],
         layer: str,
     ) -> tuple[relax.Expr, ...]:
-        func = self.kernel((name, key), lambda: generator(key, self.isa))
+        """Call the kernel that ``generator`` makes of ``spec``."""
+        func = self.kernel((name, spec), lambda: generator(spec, self.isa))
         arguments = [*inputs, *(self.weight(layer, w) for w in weights)]
         return self.emit(func, name, arguments, types, layer)
 
     def emit(
         self, func: tirx.PrimFunc, name: str, arguments: list[relax.Expr], types: list[relax.TensorType], layer: str
     ) -> tuple[relax.Expr, ...]:
-        function = self.builder.add_func(func, name)
+        """Emit a call of ``func``, which is added to the module under a name of its own."""
+        if func not in self.functions:
+            number = sum(1 for f in self.functions.values() if f.name_hint.split(".")[0] == name)
+            unique = f"{name}.{number}" if number else name
+            self.functions[func] = self.builder.add_func(func.with_attr("global_symbol", unique), unique)
         result = self.builder.emit(
-            relax.call_tir(function, arguments, types if len(types) > 1 else types[0]), name_hint=layer
+            relax.call_tir(self.functions[func], arguments, types if len(types) > 1 else types[0]), name_hint=layer
         )
         if len(types) == 1:
             return (result,)

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 from graphs import build, requests
-
 from whet.passes.calibrate import Observation, affine_u8, observe, symmetric_s8
 
 

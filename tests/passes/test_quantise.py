@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from graphs import build, encoder_layer, ops, requests
+from tvm import relax
 from whet.passes import dialect
 from whet.passes.fuse_activations import fuse_activations
 from whet.passes.fuse_qkv import fuse_qkv
@@ -55,8 +56,6 @@ def test_integer_weights_of_the_source_are_kept():
     values = np.random.default_rng(0).integers(-128, 128, (64, 64)).astype(np.int8)
 
     def write(b):
-        from tvm import relax
-
         scale = np.full(64, 0.01, np.float32)
         weight = b.emit(dialect.quantized_weight(relax.const(values), relax.const(scale)), "w")
         return b.emit(dialect.dense(b.embed(64), weight, b.const(64)), "wide")

@@ -1,0 +1,186 @@
+// Runs a compiled module from C++: token ids in, numbers out. No Python at run time.
+//
+// Build (needs a C++17 compiler and the headers of the package apache-tvm-ffi):
+//
+//   g++ -O2 $(python -m tvm_ffi.config --cxxflags) deploy.cpp -o deploy
+//       $(python -m tvm_ffi.config --ldflags --libs) -Wl,-rpath,$(python -m tvm_ffi.config --libdir) -ldl    (one line)
+//
+// or `make deploy`. To run it elsewhere copy deploy, model.so, libtvm_runtime.so (from the folder tvm/lib of an
+// installed apache-tvm) and libtvm_ffi.so (from --libdir); set LD_LIBRARY_PATH to their folder.
+//
+//   ./deploy model.so ./libtvm_runtime.so 101 7592 2088 102
+//
+// prints one line per request (embeddings, classes) or one per token. TVM_NUM_THREADS sets the number of threads.
+
+#include <dlfcn.h>
+#include <sys/syscall.h>
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/map.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/dtype.h>
+#include <tvm/ffi/extra/json.h>
+#include <tvm/ffi/extra/module.h>
+#include <tvm/ffi/function.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <fstream>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace ffi = tvm::ffi;
+namespace json = tvm::ffi::json;
+
+constexpr int64_t kTile = 16;  // tokens in a tile
+constexpr DLDevice kCPU{kDLCPU, 0};
+
+// A tensor over memory that someone else owns and that outlives it. Compiled code wants it 64-byte aligned.
+struct View {
+  void* data;
+  void AllocData(DLTensor* tensor) { tensor->data = data; }
+  void FreeData(DLTensor*) {}
+};
+
+ffi::Tensor MakeView(void* data, const std::vector<int64_t>& shape, DLDataType dtype) {
+  return ffi::Tensor::FromNDAlloc(View{data}, ffi::ShapeView(shape.data(), shape.size()), dtype, kCPU);
+}
+
+// int32 values at a 64-byte boundary, zero at first.
+class Buffer {
+ public:
+  explicit Buffer(std::vector<int64_t> shape) : shape_(std::move(shape)), count_(1) {
+    for (int64_t d : shape_) count_ *= d;
+    data_ = static_cast<int32_t*>(std::aligned_alloc(64, (count_ * sizeof(int32_t) + 63) / 64 * 64));
+    if (data_ == nullptr) throw std::bad_alloc();
+    std::fill(data_, data_ + count_, 0);
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  int32_t& operator[](int64_t i) { return data_[i]; }
+  ffi::Tensor tensor() { return MakeView(data_, shape_, DLDataType{kDLInt, 32, 1}); }
+
+ private:
+  std::vector<int64_t> shape_;
+  int64_t count_;
+  int32_t* data_;
+};
+
+template <typename T>
+T Get(const json::Object& object, const char* key) {
+  return object.at(ffi::String(key)).cast<T>();
+}
+
+void* Open(const std::string& path, int flags) {
+  void* handle = dlopen(path.c_str(), flags);
+  if (handle == nullptr) throw std::runtime_error(dlerror());
+  return handle;
+}
+
+void* Symbol(void* library, const char* name) {
+  void* symbol = dlsym(library, name);
+  if (symbol == nullptr) throw std::runtime_error(std::string("not a Whet module: no symbol ") + name);
+  return symbol;
+}
+
+// The process would die of an unknown instruction: compare the flags first, as the Python runtime does.
+void CheckCpu(const json::Array& required) {
+  std::ifstream info("/proc/cpuinfo");
+  std::set<std::string> flags;
+  for (std::string line; flags.empty() && std::getline(info, line);) {
+    if (line.rfind("flags", 0) != 0) continue;
+    std::istringstream words(line.substr(line.find(':') + 1));
+    for (std::string word; words >> word;) flags.insert(word);
+  }
+  for (const ffi::Any& value : required) {
+    std::string flag = value.cast<ffi::String>();
+    if (flags.count(flag) == 0) throw std::runtime_error("this CPU lacks " + flag + "; compile the model for it");
+    // Linux keeps the AMX tile registers from a process until it asks (arch_prctl, ARCH_REQ_XCOMP_PERM).
+    if (flag == "amx_int8" && syscall(SYS_arch_prctl, 0x1023, 18) != 0) {
+      throw std::runtime_error("the kernel refuses the AMX registers; compile the model for avx512_vnni");
+    }
+  }
+}
+
+int Run(const std::string& path, const std::string& runtime, const std::vector<int64_t>& ids) {
+  setenv("TVM_BIND_THREADS", "0", 0);
+  Open(runtime, RTLD_NOW | RTLD_GLOBAL);
+  void* library = Open(path, RTLD_NOW | RTLD_LOCAL);
+
+  const char* text = static_cast<const char*>(Symbol(library, "whet_metadata"));
+  json::Object metadata = json::Parse(ffi::String(text)).cast<json::Object>();
+  if (Get<int64_t>(metadata, "format") != 1) throw std::runtime_error("this program reads format 1 only");
+  CheckCpu(Get<json::Array>(metadata, "cpu_flags"));
+  if (Get<ffi::String>(metadata, "convention") != "packed") throw std::runtime_error("only packed modules are handled");
+
+  // Kernels do not check bounds.
+  const int64_t count = static_cast<int64_t>(ids.size());
+  const int64_t vocabulary = Get<int64_t>(metadata, "vocab_size");
+  if (count > Get<int64_t>(metadata, "max_length")) throw std::runtime_error("too many tokens for this model");
+  for (int64_t id : ids) {
+    if (id < 0 || id >= vocabulary) throw std::runtime_error(std::to_string(id) + " is not in the vocabulary");
+  }
+
+  // Weights stay where they are: in the pages of the file.
+  char* blob = static_cast<char*>(Symbol(library, "whet_weights"));
+  ffi::Array<ffi::Tensor> weights;
+  for (const ffi::Any& entry : Get<json::Array>(metadata, "weights")) {
+    json::Object weight = entry.cast<json::Object>();
+    std::vector<int64_t> shape;
+    for (const ffi::Any& d : Get<json::Array>(weight, "shape")) shape.push_back(d.cast<int64_t>());
+    DLDataType dtype = ffi::StringToDLDataType(Get<ffi::String>(weight, "dtype"));
+    weights.push_back(MakeView(blob + Get<int64_t>(weight, "offset"), shape, dtype));
+  }
+
+  // One request: tokens in tiles of 16, and a group of 16 segments of which one is used.
+  const int64_t tiles = (count + kTile - 1) / kTile;
+  Buffer tokens({tiles, kTile}), positions({tiles, kTile}), types({tiles, kTile}), segments({1, kTile, 2});
+  for (int64_t i = 0; i < count; ++i) {
+    tokens[i] = static_cast<int32_t>(ids[i]);
+    positions[i] = static_cast<int32_t>(i);
+  }
+  segments[1] = static_cast<int32_t>(count);
+
+  ffi::Module module = ffi::Module::LoadFromFile(path);
+  ffi::Module machine = module->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
+  machine->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, 2);  // device 0, pooled memory
+  ffi::Function main = machine->GetFunction("main").value();
+  ffi::Tensor out =
+      main(tokens.tensor(), positions.tensor(), types.tensor(), segments.tensor(), weights).cast<ffi::Tensor>();
+
+  // (tiles, channels, 16): column i is [i / 16][.][i % 16].
+  const bool per_token = Get<ffi::String>(Get<json::Object>(metadata, "output"), "per") == "token";
+  const int64_t channels = out.size(1);
+  const float* values = static_cast<const float*>(out.data_ptr());
+  for (int64_t i = 0; i < (per_token ? count : 1); ++i) {
+    for (int64_t c = 0; c < channels; ++c) {
+      std::printf("%s%.9g", c ? " " : "", values[((i / kTile) * channels + c) * kTile + i % kTile]);
+    }
+    std::printf("\n");
+  }
+  return 0;
+}
+
+int main(int argc, char** argv) {
+  if (argc < 4) {
+    std::fprintf(stderr, "usage: %s MODEL.so LIBTVM_RUNTIME.so ID [ID ...]\n", argv[0]);
+    return 2;
+  }
+  try {
+    std::vector<int64_t> ids;
+    for (int i = 3; i < argc; ++i) {
+      size_t used = 0;
+      ids.push_back(std::stoll(argv[i], &used));
+      if (argv[i][used] != '\0') throw std::runtime_error(std::string(argv[i]) + " is not a token id");
+    }
+    return Run(argv[1], argv[2], ids);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "deploy: %s\n", error.what());
+    return 1;
+  }
+}

@@ -21,7 +21,7 @@ from whet.passes.raise_facts import (
     Scores,
 )
 
-from .onnx_graph import Node
+from .onnx_graph import MS, Node
 from .onnx_walk import RULES, Rule, Walk
 
 Inputs = list[Fact | None]
@@ -184,6 +184,18 @@ def _gather(walk: Walk, node: Node, inputs: Inputs) -> Fact | None:
     if index_at[0].ndim > 1:
         raise NotAnEncoder(f"gathers with indices of shape {index_at[0].shape}")
     return walk.rules.take(x, dim, index_at)
+
+
+@for_constants("GatherElements")
+def _gather_elements(walk: Walk, node: Node, inputs: Inputs) -> Fact:
+    """Computed here: ONNX's reference takes only data of the shape of the indices."""
+    x, index, dim = known(inputs, 0), known(inputs, 1), node.attrs.get("axis", 0)
+    found = []
+    for p in PROBES:
+        data, places = x.at(p), index.at(p)
+        part = tuple(slice(None if d == dim % data.ndim else n) for d, n in enumerate(places.shape))
+        found.append(np.take_along_axis(data[part], places, dim))
+    return Known.of(found)
 
 
 @for_constants("Slice")
@@ -374,12 +386,14 @@ def _matmul(walk: Walk, node: Node, inputs: Inputs) -> Fact:
     return walk.rules.matmul(given(inputs, 0), given(inputs, 1))
 
 
-@rule("Gemm")
+@rule("Gemm", MS + "FusedGemm")
 def _gemm(walk: Walk, node: Node, inputs: Inputs) -> Fact:
     if node.attrs.get("transA", 0):
         raise NotAnEncoder("transposes its input")
     y = walk.rules.linear(given(inputs, 0), known(inputs, 1), transposed=bool(node.attrs.get("transB", 0)))
-    return with_bias(walk, scaled(walk, y, node.attrs.get("alpha", 1.0)), inputs, 2, node.attrs.get("beta", 1.0))
+    y = with_bias(walk, scaled(walk, y, node.attrs.get("alpha", 1.0)), inputs, 2, node.attrs.get("beta", 1.0))
+    activation = node.attrs.get("activation", "")
+    return walk.rules.unary(y, UNARY[activation], activation) if activation else y
 
 
 def scaled(walk: Walk, x: Fact, factor: float) -> Fact:

@@ -31,16 +31,28 @@ def integers(values: Known, scale: Array, zero_point: Known | None, dim: int | N
 
 @for_constants("DequantizeLinear", MS + "DequantizeLinear")
 def _dequantise(walk: Walk, node: Node, inputs: Inputs) -> Fact | None:
-    x, scale, zero = given(inputs, 0), known(inputs, 1), optional(inputs, 2)
+    x, scale = given(inputs, 0), known(inputs, 1)
+    if isinstance(x, Known) and (node.attrs.get("block_size", 0) or scale.values[0].ndim > 1):
+        return None
+    return plain(walk, inputs, 0, node.attrs.get("axis", 1))
+
+
+def plain(walk: Walk, inputs: Inputs, place: int, dim: int | None = None) -> Fact:
+    """What a quantised operand, followed by its scale and zero point, means."""
+    x, scale, zero = given(inputs, place), known(inputs, place + 1), optional(inputs, place + 2)
     if not isinstance(x, Known):
         return walk.rules.dequantise(x, scale, zero)
-    if not x.fixed or not scale.fixed or node.attrs.get("block_size", 0) or scale.values[0].ndim > 1:
-        return None
-    return integers(x, scale.values[0], zero, node.attrs.get("axis", 1))
+    if not x.fixed and x.values[0].dtype.kind == "f":
+        return x  # see _quantise
+    return integers(x, scale.constant("a scale"), zero, dim)
 
 
-@rule("QuantizeLinear", MS + "QuantizeLinear")
-def _quantise(walk: Walk, node: Node, inputs: Inputs) -> Fact:
+@for_constants("QuantizeLinear", MS + "QuantizeLinear")
+def _quantise(walk: Walk, node: Node, inputs: Inputs) -> Fact | None:
+    x = given(inputs, 0)
+    if isinstance(x, Known):
+        # Masks are not rounded: like activations they are only renamed. Weights are.
+        return None if x.fixed else x
     return walk.rules.quantise(given(inputs, 0), Scale(scalar(inputs, 1)))
 
 
@@ -65,13 +77,9 @@ def product_of_integers(walk: Walk, inputs: Inputs, places: tuple[int, int, int]
 
 @rule("QLinearMatMul")
 def _qlinear_matmul(walk: Walk, node: Node, inputs: Inputs) -> Fact:
-    x = walk.rules.dequantise(given(inputs, 0), known(inputs, 1), None)
-    y = given(inputs, 3)
-    if isinstance(y, Known):
-        y = integers(y, known(inputs, 4).constant("a scale"), optional(inputs, 5), dim=-1)
-    else:
-        y = walk.rules.dequantise(y, known(inputs, 4), None)
-    return walk.rules.quantise(walk.rules.matmul(x, y), Scale(scalar(inputs, 6)))
+    """Inputs: x, its scale and zero point, the same of y, and of the result."""
+    product = walk.rules.matmul(plain(walk, inputs, 0), plain(walk, inputs, 3, dim=-1))
+    return walk.rules.quantise(product, Scale(scalar(inputs, 6)))
 
 
 @rule(MS + "DynamicQuantizeMatMul")
@@ -99,32 +107,25 @@ def _qgemm(walk: Walk, node: Node, inputs: Inputs) -> Fact:
     if node.attrs.get("transA", 0):
         raise NotAnEncoder("transposes its input")
     transposed = bool(node.attrs.get("transB", 0))
-    scale = known(inputs, 4).constant("a scale")
-    weight = integers(known(inputs, 3), scale, optional(inputs, 5), dim=0 if transposed else -1)
-    x = walk.rules.dequantise(given(inputs, 0), known(inputs, 1), None)
-    y = scaled(walk, walk.rules.linear(x, weight, transposed=transposed), node.attrs.get("alpha", 1.0))
+    weight = plain(walk, inputs, 3, dim=0 if transposed else -1)
+    if not isinstance(weight, Known):
+        raise NotAnEncoder("multiplies two hidden states")
+    y = walk.rules.linear(plain(walk, inputs, 0), weight, transposed=transposed)
+    y = scaled(walk, y, node.attrs.get("alpha", 1.0))
     if (bias := optional(inputs, 6)) is not None:
-        unit = scale.astype(np.float64) * scalar(inputs, 1)
+        unit = known(inputs, 4).constant("a scale").astype(np.float64) * scalar(inputs, 1)
         y = walk.rules.add(y, Known((bias.constant("a bias") * unit,), name=bias.name))
     return y if len(inputs) < 8 or inputs[7] is None else walk.rules.quantise(y, Scale(scalar(inputs, 7)))
 
 
 @rule(MS + "QLinearAdd", MS + "QLinearMul")
 def _qlinear_binary(walk: Walk, node: Node, inputs: Inputs) -> Fact:
-    x, y = (_plain(walk, inputs, place) for place in (0, 3))
+    x, y = (plain(walk, inputs, place) for place in (0, 3))
     both = walk.rules.add(x, y) if node.op.endswith("Add") else walk.rules.mul(x, y)
     return walk.rules.quantise(both, Scale(scalar(inputs, 6)))
 
 
-def _plain(walk: Walk, inputs: Inputs, place: int) -> Fact:
-    """A quantised operand followed by its scale and zero point, as what it means."""
-    x = given(inputs, place)
-    if isinstance(x, Known):
-        return integers(x, known(inputs, place + 1).constant("a scale"), optional(inputs, place + 2))
-    return walk.rules.dequantise(x, known(inputs, place + 1), None)
-
-
 @rule(MS + "QLinearSoftmax")
 def _qlinear_softmax(walk: Walk, node: Node, inputs: Inputs) -> Fact:
-    x = walk.rules.softmax(_plain(walk, inputs, 0), node.attrs.get("axis", -1))
+    x = walk.rules.softmax(plain(walk, inputs, 0), node.attrs.get("axis", -1))
     return walk.rules.quantise(x, Scale(scalar(inputs, 3)))

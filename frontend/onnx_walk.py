@@ -87,7 +87,8 @@ class Walk:
         for probe in probes:
             try:
                 feeds = {name: x.at(probe) for name, x in inputs.items()}
-                found = ReferenceEvaluator(graph, opsets=self.opsets).run(None, feeds)
+                with np.errstate(all="ignore"):
+                    found = ReferenceEvaluator(graph, opsets=self.opsets).run(None, feeds)
             except Exception as error:  # whatever the reference raises, the operator could not be evaluated
                 raise NotAnEncoder(f"could not be computed from the mask and the shapes: {error}") from error
             results.append([as_float32(np.asarray(value)) for value in found])

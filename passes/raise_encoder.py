@@ -60,20 +60,17 @@ class _Emitter:
         self.segments = relax.Var("segments", relax.TensorType((groups, dialect.TILE, 2), "int32"))
         self.builder = relax.BlockBuilder()
         self.values: dict[Node, relax.Expr] = {}
-        self.tables: list[Rows] = []
 
     def run(self, output: Node) -> Encoder:
         order = _sorted(output)
-        names = _names(order)
+        rows, names = _embeddings(order), _names(order)
         with self.builder.function("main", [self.ids, self.positions, self.token_types, self.segments]):
             with self.builder.dataflow():
                 for node in order:
-                    self.values[node] = self.builder.emit(self.call(node), name_hint=names[node])
+                    call = self.call(node, names[node])
+                    self.values[node] = self.builder.emit(call, name_hint=names[node])
                 result = self.builder.emit_output(self.values[output])
             self.builder.emit_func_output(result)
-        if len(self.tables) != 1:
-            raise NotAnEncoder(f"has {len(self.tables)} embedding layers, expected one")
-        rows = self.tables[0]
         assert rows.word is not None and rows.position is not None
         return Encoder(
             self.builder.get(),
@@ -85,7 +82,7 @@ class _Emitter:
             type_vocab_size=1 if rows.token_type is None else len(rows.token_type.values),
         )
 
-    def call(self, node: Node) -> relax.Call:
+    def call(self, node: Node, name: str) -> relax.Call:
         """The dialect op of a node whose inputs are emitted."""
         inputs = [self.values[x] for x in _inputs(node)]
         match node:
@@ -95,30 +92,28 @@ class _Emitter:
                 gamma, beta = _vector(node.gamma), _vector(node.beta)
                 return dialect.layer_norm(inputs[0], gamma, beta, eps=node.eps)
             case Linear():
-                weight, bias = self.weight(node.weight), _vector(node.bias)
+                weight, bias = self.weight(node.weight, f"{name}_weight"), _vector(node.bias)
                 return dialect.dense(inputs[0], weight, bias, activation=node.activation)  # type: ignore[arg-type]
             case Op():
                 segments = [self.segments] if node.name in ("attention", "pool") else []
                 call: relax.Call = getattr(dialect, node.name)(*inputs, *segments, **node.attrs)
                 return call
             case _:
-                raise NotAnEncoder("uses embeddings that no layer norm follows")
+                raise TypeError(f"{type(node).__name__} can't be emitted")
 
     def embed(self, rows: Rows, norm: Norm) -> relax.Call:
-        self.tables.append(rows)
-        if rows.word is None or rows.position is None:
-            raise NotAnEncoder("has no " + ("word" if rows.word is None else "position") + " embeddings")
         nothing = Matrix(np.zeros((1, rows.channels), np.float32))
-        word, position, token_type = map(self.weight, (rows.word, rows.position, rows.token_type or nothing))
+        tables = {"word": rows.word, "position": rows.position, "token_type": rows.token_type}
+        word, position, token_type = (self.weight(table or nothing, f"{kind}_table") for kind, table in tables.items())
         gamma, beta = _vector(norm.gamma), _vector(norm.beta)
         inputs = (self.ids, self.positions, self.token_types)
         return dialect.embed(*inputs, word, position, token_type, gamma, beta, eps=norm.eps)
 
-    def weight(self, matrix: Matrix) -> relax.Expr:
+    def weight(self, matrix: Matrix, name: str) -> relax.Expr:
         if matrix.scale is None:
             return relax.const(np.ascontiguousarray(matrix.values, np.float32))
         values = relax.const(np.ascontiguousarray(matrix.values, np.int8))
-        return self.builder.emit(dialect.quantized_weight(values, _vector(matrix.scale)), name_hint="weight")
+        return self.builder.emit(dialect.quantized_weight(values, _vector(matrix.scale)), name_hint=name)
 
 
 def _inputs(node: Node) -> tuple[Node, ...]:
@@ -135,7 +130,7 @@ def _inputs(node: Node) -> tuple[Node, ...]:
 
 def _sorted(output: Node) -> list[Node]:
     """The nodes an output needs, inputs first. Iterative: deep models would exhaust Python's stack."""
-    done: dict[Node, None] = {}
+    done: dict[Node, None] = {}  # a set that keeps its order
     pending = [output]
     while pending:
         missing = [x for x in _inputs(pending[-1]) if x not in done]
@@ -144,6 +139,19 @@ def _sorted(output: Node) -> list[Node]:
         else:
             done.setdefault(pending.pop())
     return list(done)
+
+
+def _embeddings(order: Sequence[Node]) -> Rows:
+    """The one place where a graph reads its embedding tables."""
+    found = [node.x for node in order if isinstance(node, Norm) and isinstance(node.x, Rows)]
+    if any(isinstance(node, Rows) for node in order):
+        raise NotAnEncoder("uses embeddings that no layer norm follows")
+    if len(found) != 1:
+        raise NotAnEncoder(f"has {len(found)} embedding layers, expected one")
+    rows = found[0]
+    if rows.word is None or rows.position is None:
+        raise NotAnEncoder(f"has no {'word' if rows.word is None else 'position'} embeddings")
+    return rows
 
 
 def _names(order: Sequence[Node]) -> dict[Node, str]:

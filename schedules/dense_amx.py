@@ -29,7 +29,7 @@ def supports(spec: DenseSpec, isa: Isa) -> bool:
 
 def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     """Two by two accumulator tiles: each operand loaded is used twice, which the load ports just keep up with."""
-    return Blocking(rows=2 * ROWS, tiles=2, chains=1, chunk=2 * ROWS)
+    return Blocking(rows=2 * ROWS, tiles=2, chains=1, chunk=96)
 
 
 def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarray]:
@@ -53,7 +53,6 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
         raise ValueError(f"knobs are {rows} rows × {most} tiles; AMX has 8 tile registers of 16 rows")
     passes = math.ceil(n / rows)
     per_task = max(1, round(knobs.chunk / rows))
-    step_rows = QUAD if n % QUAD == 0 else 1
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(f"dense_amx_{n}x{spec.in_features}")
         tiles = T.int64()
@@ -79,11 +78,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                     at = sums.access_ptr("w", offset=(t * rows + r * ROWS) * TILE)
                     _amx("tilestored64", registers.sum(r, t), at, T.int64(TILE * 4))
             first_row = index * rows
-            valid = T.min(rows, n - first_row)
-            with T.serial(valid // step_rows) as i:
-                lanes = T.ramp(0, 1, TILE)
-                some = [[[T.Bind(sums[t, i * step_rows + r, lanes])] for t in range(count)] for r in range(step_rows)]
-                epilogue.emit(Block(first_row + i * step_rows, first, count, some))
+            epilogue.emit(Block(first_row, T.min(rows, n - first_row), first, count, sums))
 
         with T.sblock("root"):
             T.reads()

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
-from whet.schedules.dense_spec import QUAD, DenseSpec
+from whet.schedules.dense_spec import DenseSpec
 from whet.schedules.epilogue import Epilogue
 from whet.schedules.gemm import (
     Accumulators,
     Blocking,
     Pass,
     accumulate,
+    group_rows,
     loop_nest,
     named,
     parameter,
@@ -44,11 +45,6 @@ def interleave(weight: np.ndarray, rows: int) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(-1, rows, steps, item).transpose(0, 2, 1, 3))
 
 
-def group_rows(spec: DenseSpec, rows: int) -> int:
-    """Rows whose results the epilogue needs together, in whole passes."""
-    return rows if spec.output == "tiles" else math.lcm(rows, QUAD)
-
-
 def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
     """Generate the kernel; parameters as in whet.schedules.dense, packed weight f32 ``(passes, K, rows)``."""
     n, k, rows = spec.out_features, spec.in_features, knobs.rows
@@ -62,11 +58,11 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
             T.reads()
             T.writes()
             flat = named("flat", view(x, (tile_offset(k, tiles),), "float32"))
-            group = group_rows(spec, rows)
+            group = group_rows(n, rows)
 
             def reduce(work: Pass, accumulators: Accumulators) -> None:
                 base = named("base", T.Bind(tile_offset(k, work.first_tile)))
-                index = work.group * (group // rows) + work.index
+                index = work.position * (group // rows) + work.index
 
                 def step(j: Any, count: int, registers: Accumulators) -> None:
                     columns = range(work.tiles * isa.parts)
@@ -79,5 +75,5 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
 
                 accumulate(isa, knobs, work, accumulators, k, step, "float32")
 
-            loop_nest(isa, knobs, tiles, n, group, "float32", reduce, epilogue.emit)
+            loop_nest(isa, knobs, tiles, n, "float32", reduce, epilogue.emit)
     return builder.get()

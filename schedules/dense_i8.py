@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
-from whet.schedules.dense_f32 import group_rows, interleave
+from whet.schedules.dense_f32 import interleave
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.epilogue import Epilogue
 from whet.schedules.gemm import (
@@ -16,6 +16,7 @@ from whet.schedules.gemm import (
     Blocking,
     Pass,
     accumulate,
+    group_rows,
     loop_nest,
     named,
     parameter,
@@ -52,7 +53,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
             T.writes()
             flat = named("flat", view(x, (tile_offset(quads, tiles),), "int32"))
             words = named("weight_words", view(weight, (passes, quads, rows), "int32"))
-            group = group_rows(spec, rows)
+            group = group_rows(n, rows)
 
             def reduce(work: Pass, accumulators: Accumulators) -> None:
                 base = named("base", T.Bind(tile_offset(quads, work.first_tile)))
@@ -69,5 +70,5 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
 
                 accumulate(isa, knobs, work, accumulators, quads, step, "int32")
 
-            loop_nest(isa, knobs, tiles, n, group, "int32", reduce, epilogue.emit)
+            loop_nest(isa, knobs, tiles, n, "int32", reduce, epilogue.emit)
     return builder.get()

@@ -5,13 +5,12 @@ Shared by all families and instruction sets, so that a layer gives the same byte
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 from whet.schedules.dense_spec import QUAD, DenseSpec
-from whet.schedules.gemm import Accumulators, Block, named, parameter
+from whet.schedules.gemm import Block, named, parameter
 from whet.schedules.isa import TILE, Isa, clamp, fma, pack4, quantize, round_int, splat, view
 from whet.schedules.vector_math import ACTIVATIONS
 
@@ -49,49 +48,55 @@ class Epilogue:
 
     def emit(self, block: Block) -> None:
         """Store one group of finished rows."""
-        if self.layer.output == "tiles":
-            for row in range(len(block.accumulators)):
-                self._rows(block, row, [row], self._store_row)
-            return
-        store = self._store_quad if self.layer.output == "quads" else self._store_head
-        for row in range(0, len(block.accumulators), QUAD):
-            self._rows(block, row, list(range(row, row + QUAD)), store)
-
-    def _rows(self, block: Block, first: int, rows: list[int], store: Callable[..., None]) -> None:
-        """Compute the values of a few rows, one vector at a time, and hand them to ``store``."""
+        together = 1 if self.layer.out_features % QUAD else QUAD
         lanes = self.isa.lanes
-        constants = [self._row_constants(block.first_row + row) for row in rows]
-        for column in range(block.tiles * self.isa.parts):
-            tile, part = divmod(column, self.isa.parts)
-            where = (block.first_tile + tile, T.ramp(part * lanes, 1, lanes))
-            values = []
-            for row, of_row in zip(rows, constants, strict=True):
-                y = self._value(block.accumulators, row, column, of_row, where)
-                y = ACTIVATIONS[self.layer.activation](y, lanes)
-                if self.layer.residual:
-                    y = y + self.residual[where[0], block.first_row + row, where[1]]
-                values.append(T.Bind(y))
-            store(block.first_row + first, where, values)
+        with T.serial(block.rows // together) as i:
+            first = named("row", T.Bind(block.first_row + i * together))
+            constants = [self._row_constants(first + r) for r in range(together)]
+            with T.serial(block.tiles) as t:
+                tile = named("tile", T.Bind(block.first_tile + t))
+                for part in range(self.isa.parts):
+                    where = (tile, T.ramp(part * lanes, 1, lanes))
+                    self._store(
+                        first,
+                        where,
+                        [
+                            self._finished(block.sums[t, i * together + r, where[1]], first + r, constants[r], where)
+                            for r in range(together)
+                        ],
+                    )
 
     def _row_constants(self, row: Any) -> tuple[Any, ...]:
         buffers = (self.bias, self.scale, self.row_sums)
         return tuple(T.Bind(splat(b[row], self.isa.lanes)) for b in buffers if b is not None)
 
-    def _value(self, accumulators: Accumulators, row: int, column: int, of_row: tuple[Any, ...], where: Any) -> Any:
+    def _finished(self, total: Any, row: Any, of_row: tuple[Any, ...], where: Any) -> Any:
+        """Value of one vector of a row, after activation and residual."""
+        y = ACTIVATIONS[self.layer.activation](self._value(total, of_row, where), self.isa.lanes)
+        if self.layer.residual:
+            y = y + self.residual[where[0], row, where[1]]
+        return T.Bind(y)
+
+    def _value(self, total: Any, of_row: tuple[Any, ...], where: Any) -> Any:
         """The layer's result before its activation."""
-        lanes = self.isa.lanes
-        acc = accumulators[row][column][0]
         if self.layer.weight == "f32":
-            return acc + of_row[0]
-        acc = T.cast(acc, f"float32x{lanes}")
+            return total + of_row[0]
+        acc = T.cast(total, f"float32x{self.isa.lanes}")
         if not self.layer.per_token:
             return fma(acc, of_row[1], of_row[0])
         bias, scale, row_sum = of_row
         token_scale, token_zero = (self.token_params[where[0], i, where[1]] for i in (0, 1))
         return fma(fma(acc, token_scale, -(row_sum * token_zero)), scale, bias)
 
-    def _store_row(self, row: Any, where: Any, values: list[Any]) -> None:
-        T.buffer_store(self.outputs[0], values[0], [where[0], row, where[1]])
+    def _store(self, row: Any, where: Any, values: list[Any]) -> None:
+        """Store the vectors of ``row`` and those after it."""
+        if self.layer.output == "tiles":
+            for i, y in enumerate(values):
+                T.buffer_store(self.outputs[0], y, [where[0], row + i, where[1]])
+        elif self.layer.output == "quads":
+            self._store_quad(row, where, values)
+        else:
+            self._store_head(row, where, values)
 
     def _store_quad(self, row: Any, where: Any, values: list[Any]) -> None:
         lanes = self.isa.lanes

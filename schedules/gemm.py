@@ -2,7 +2,7 @@
 
 Tokens are the vector lanes, so one vector of activations times one broadcast weight adds to 16 tokens of one output
 row. A *pass* computes ``rows`` output rows × ``tiles`` tiles at once. Passes are gathered into *groups*, the rows
-whose results the epilogue needs together (four rows make a quad), and groups into chunks that run in parallel.
+that the epilogue takes over together (four rows make a quad), and groups into chunks that run in parallel.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+from whet.schedules.dense_spec import QUAD
 from whet.schedules.isa import TILE, Isa, splat
 
 
@@ -66,13 +67,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class Block:
-    """Finished accumulators: what the epilogue gets to know."""
+    """Finished sums: what the epilogue gets to know. All but ``sums`` may be TIR expressions."""
 
     first_row: Any
-    """First output row (TIR expression)."""
+    rows: Any
     first_tile: Any
-    tiles: int
-    accumulators: Accumulators
+    tiles: Any
+    sums: Any
+    """Buffer ``(tiles, rows, 16)`` of int32 or float32."""
 
 
 def named(name: str, value: Any) -> Any:
@@ -129,49 +131,50 @@ def accumulate(
                 T.buffer_store(register, register[0] + other[0], [0])
 
 
+def group_rows(out_features: int, rows: int) -> int:
+    """Rows that the epilogue takes over together: whole passes, and whole quads where the layer has whole quads."""
+    return rows if out_features % QUAD else math.lcm(rows, QUAD)
+
+
 def loop_nest(
     isa: Isa,
     blocking: Blocking,
     tiles: Any,
     out_features: int,
-    group_rows: int,
     dtype: str,
     reduce: Callable[[Pass, Accumulators], None],
     finish: Callable[[Block], None],
     order: Order | None = None,
+    block_rows: int = 1,
 ) -> None:
-    """Emit all loops. ``tiles`` is the symbolic number of tiles; ``group_rows`` a multiple of ``blocking.rows``.
+    """Emit all loops; ``tiles`` is the symbolic number of tiles.
 
-    A group with fewer rows, at the end of the matrix, always comes last. ``reduce`` fills the accumulators of one pass,
-    ``finish`` stores the results of one group.
+    A group is ``group_rows(out_features, lcm(blocking.rows, block_rows))`` rows; one with fewer, at the end of the
+    matrix, always comes last. ``reduce`` fills the accumulators of one pass, ``finish`` stores the results of one
+    group. The code of the epilogue exists once, whatever the number of tiles: activations are long.
     """
     rows = blocking.rows
-    if group_rows % rows:
-        raise ValueError(f"a group of {group_rows} rows cannot be made of passes of {rows}")
-    groups, rest = divmod(out_features, group_rows)
+    in_group = group_rows(out_features, math.lcm(rows, block_rows))
+    groups, rest = divmod(out_features, in_group)
     chunks = chunk_count(blocking, out_features)
     order = order or Order(bound=lambda c: c * groups // chunks, group=lambda position: position)
     most = blocking.tiles
 
-    def group(position: Any, g: Any, valid: int, first: Any, count: int) -> None:
-        done: Accumulators = []
-        for index in range(-(-valid // rows)):
-            work = Pass(position, index, min(rows, valid - index * rows), first, count)
-            registers = [[isa.register(dtype) for _ in range(count * isa.parts)] for _ in range(work.rows)]
-            reduce(work, registers)
-            done += registers
-        finish(Block(g * group_rows, first, count, done))
+    def reduced(work: Pass, sums: Any) -> None:
+        registers = [[isa.register(dtype) for _ in range(work.tiles * isa.parts)] for _ in range(work.rows)]
+        reduce(work, registers)
+        for row, of_row in enumerate(registers):
+            for column, register in enumerate(of_row):
+                tile, part = divmod(column, isa.parts)
+                lanes = T.ramp(part * isa.lanes, 1, isa.lanes)
+                T.buffer_store(sums, register[0], [tile, work.index * rows + row, lanes])
 
-    def chunk(c: Any, first: Any, count: int) -> None:
-        if groups:
-            begin = named("begin", T.Bind(order.bound(c)))
-            end = named("end", T.Bind(order.bound(c + 1)))
-            with T.serial(end - begin) as i:
-                position = named("position", T.Bind(begin + i))
-                group(position, named("group", T.Bind(order.group(position))), group_rows, first, count)
-        if rest:
-            with T.If(c == chunks - 1), T.Then():
-                group(groups, groups, rest, first, count)
+    def group(position: Any, g: Any, valid: int, first: Any, count: Any, sums: Any) -> None:
+        for size in range(1, most + 1):
+            with T.If(count == size), T.Then():
+                for index in range(-(-valid // rows)):
+                    reduced(Pass(position, index, min(rows, valid - index * rows), first, size), sums)
+        finish(Block(g * in_group, valid, first, count, sums))
 
     # Tile blocks differ by at most one tile, so that none is left with few chains; within one, x stays in cache.
     blocks = named("blocks", T.Bind((tiles + (most - 1)) // most))
@@ -179,10 +182,17 @@ def loop_nest(
         b = named("tile_block", T.Bind(p // chunks))
         c = named("chunk", T.Bind(T.cast(p % chunks, "int32")))
         first = named("first_tile", T.Bind(b * tiles // blocks))
-        count = named("tile_count", T.Bind((b + 1) * tiles // blocks - first))
-        for size in range(1, most + 1):
-            with T.If(count == size), T.Then():
-                chunk(c, first, size)
+        count = named("tile_count", T.Bind(T.cast((b + 1) * tiles // blocks - first, "int32")))
+        sums = named("sums", T.alloc_buffer((most, in_group, TILE), dtype))
+        if groups:
+            begin = named("begin", T.Bind(order.bound(c)))
+            end = named("end", T.Bind(order.bound(c + 1)))
+            with T.serial(end - begin) as i:
+                position = named("position", T.Bind(begin + i))
+                group(position, named("group", T.Bind(order.group(position))), in_group, first, count, sums)
+        if rest:
+            with T.If(c == chunks - 1), T.Then():
+                group(groups, groups, rest, first, count, sums)
 
 
 def vector_at(buffer: Any, base: Any, column: int, stride: int, isa: Isa) -> Any:

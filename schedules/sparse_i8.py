@@ -22,6 +22,7 @@ from whet.schedules.gemm import (
     Pass,
     accumulate,
     chunk_count,
+    group_rows,
     loop_nest,
     named,
     parameter,
@@ -52,7 +53,7 @@ def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarra
     zero; ``index`` (uint16, or int32 for very wide layers) is the quad and ``blocks`` s8 ``(…, block_rows, 4)``.
     """
     n, k = weight.shape
-    rows, group = spec.block_rows, _group_rows(spec)
+    rows, group = spec.block_rows, group_rows(spec.out_features, spec.block_rows)
     padded = np.zeros((math.ceil(n / rows) * rows, k), np.int8)
     padded[:n] = weight
     blocks = padded.reshape(-1, rows, k // QUAD, QUAD).transpose(0, 2, 1, 3)
@@ -87,7 +88,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
     n, quads, block_rows, rows = spec.out_features, spec.in_features // QUAD, spec.block_rows, knobs.rows
     if block_rows % rows:
         raise ValueError(f"knobs.rows is {rows}; expected a divisor of block_rows, {block_rows}")
-    group = _group_rows(spec)
+    group = group_rows(spec.out_features, spec.block_rows)
     chunks = chunk_count(knobs, n)
     passes = block_rows // rows
     with IRBuilder() as builder, T.prim_func(s_tir=True):
@@ -127,13 +128,9 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 accumulate(isa, knobs, work, accumulators, end - begin, step, "int32", multiple=EVEN)
 
             by_length = Order(bound=lambda c: bounds[c], group=lambda position: order[position])
-            loop_nest(isa, knobs, tiles, n, group, "int32", reduce, epilogue.emit, by_length)
+            loop_nest(isa, knobs, tiles, n, "int32", reduce, epilogue.emit, by_length, block_rows)
 
     return builder.get()
-
-
-def _group_rows(spec: DenseSpec) -> int:
-    return math.lcm(spec.block_rows, 1 if spec.output == "tiles" else QUAD)
 
 
 def _index_dtype(in_features: int) -> str:

@@ -31,7 +31,7 @@ def test_products_are_exact_for_any_number_of_tokens(isa, weight, block_rows):
         check(spec, isa, w, rng.integers(0, 256, (tiles, 68, 16)).astype(np.uint8))
 
 
-@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize("isa", [EVERY_ISA[-1]])  # the shape changes loops, not instructions; AVX2 compiles fastest
 @pytest.mark.parametrize(("weight", "block_rows"), FAMILIES)
 @pytest.mark.parametrize(("n", "k"), [(1, 4), (16, 512), (131, 12)])
 def test_shapes(isa, weight, block_rows, n, k):

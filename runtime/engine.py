@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm_ffi
 from numpy.typing import ArrayLike, NDArray
 from whet.runtime.artifact import Artifact
 from whet.runtime.cpu import check_cpu, request_amx
+from whet.runtime.ffi import tvm_ffi
 from whet.runtime.library import load_runtime
 from whet.runtime.metadata import ArtifactError, Metadata
 from whet.runtime.packing import aligned, pack, positions_within, split, starts, unpack

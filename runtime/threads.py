@@ -11,11 +11,17 @@ import os
 import threading
 from pathlib import Path
 
-import tvm_ffi
+from whet.runtime.ffi import tvm_ffi
 
 # tvm::runtime::threading::SetMaxConcurrency(int), exported by libtvm_runtime but not registered as a function.
 _SET_MAX_CONCURRENCY = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
 _SHARE_ALL_CORES = -3
+
+# Pools read these when they start, also one that the compiler starts in this process. Pinned workers of co-located
+# processes fight for the same cores, and TVM's own 300 000 rounds of spinning (0.1 s) after every call burn the CPU
+# quota of a container.
+os.environ.setdefault("TVM_BIND_THREADS", "0")
+os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "10000")
 
 
 def available_cpus(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:

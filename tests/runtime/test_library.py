@@ -1,24 +1,23 @@
 """Finding libtvm_runtime.so."""
 
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from whet.runtime import ArtifactError, library
 
 
-@pytest.fixture
-def without_tvm(monkeypatch):
-    monkeypatch.setattr(library, "sys", type("sys", (), {"modules": {}}))
+@pytest.fixture(autouse=True)
+def unset(monkeypatch):
     monkeypatch.delenv(library.VARIABLE, raising=False)
 
 
-def test_order(tmp_path, monkeypatch, without_tvm):
-    installed = library.find_runtime(tmp_path)
-    assert installed.parts[-3:] == ("tvm", "lib", library.NAME)
+def test_order(tmp_path, monkeypatch):
     beside = tmp_path / library.NAME
     beside.touch()
+    assert library.find_runtime(tmp_path).parts[-3:] == ("tvm", "lib", library.NAME)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert library.find_runtime(tmp_path) == beside.resolve()
     named = tmp_path / "named.so"
     monkeypatch.setenv(library.VARIABLE, str(named))
@@ -28,21 +27,38 @@ def test_order(tmp_path, monkeypatch, without_tvm):
     assert library.find_runtime(tmp_path) == named
 
 
-def test_imported_tvm_wins(tmp_path, monkeypatch):
-    monkeypatch.delenv(library.VARIABLE, raising=False)
-    (tmp_path / library.NAME).touch()
-    import tvm  # noqa: PLC0415
+def test_there_is_only_one_in_a_process(modules, tmp_path):
+    """A second copy would end the process; here one is named, one installed, and one beside each module."""
+    installed = library.find_runtime(tmp_path)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        shutil.copy(modules["token"], folder / "m.so")
+        shutil.copy(installed, folder)
+    code = """
+import os, sys
+from whet.runtime import load
+for path in sys.argv[1:]:
+    print(load(path).run([[1, 2, 3]]).shape)
+    os.environ["WHET_TVM_RUNTIME"] = os.path.dirname(path) + "/libtvm_runtime.so"
+import tvm
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(f / "m.so" for f in folders)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["(1, 3, 5)"] * 2
 
-    assert library.find_runtime(tmp_path) == Path(tvm.__file__).parent / "lib" / library.NAME
 
-
-def test_nowhere(tmp_path, monkeypatch, without_tvm):
+def test_nowhere(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ArtifactError, match=r"libtvm_runtime\.so is neither in .*pip install apache-tvm"):
         library.find_runtime(tmp_path)
 
 
-def test_not_a_library(tmp_path, monkeypatch, without_tvm):
+def test_not_a_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "_loaded", lambda: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     (tmp_path / library.NAME).write_text("no library")
     with pytest.raises(ArtifactError, match="does not load"):
         library.load_runtime(tmp_path)

@@ -34,6 +34,23 @@ print(sorted({name.partition(".")[0] for name in sys.modules} & {"tvm", "torch",
     assert out.splitlines() == ["(2, 5)", "[]"]
 
 
+def test_torch_is_not_imported_where_it_is_installed(modules, tmp_path):
+    (tmp_path / "torch.py").write_text("Tensor = object\n__version__ = '2.9.0'\n")
+    out = python(
+        """
+import sys
+sys.path.insert(0, sys.argv[2])
+from whet.runtime import load
+print(load(sys.argv[1]).run([[1]]).shape, "torch" in sys.modules)
+import torch
+print(torch.__version__)
+""",
+        modules["token"],
+        tmp_path,
+    )
+    assert out.splitlines() == ["(1, 1, 5) False", "2.9.0"]
+
+
 def test_token_ids_need_no_tokenizers(modules):
     code = "import sys; from whet.runtime import load; load(sys.argv[1]).run([[1]]); print('tokenizers' in sys.modules)"
     assert python(code, modules["embedding"]) == "False\n"

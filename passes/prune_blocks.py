@@ -26,7 +26,7 @@ def prune_blocks(module: IRModule, sparsity: float, block_rows: int = 4) -> IRMo
     result = graph.source(graph.result)
 
     def visit(_builder: relax.BlockBuilder, var: relax.Var, call: relax.Call) -> relax.Expr:
-        if not is_call(call, dialect.DENSE) or var.same_as(result) or not is_per_token(graph, call):
+        if not is_call(call, dialect.DENSE) or var.same_as(result) or not is_per_token(graph, var):
             return call
         weight = weight_of(graph, graph.values[var].args[1])
         if weight.shape[0] % block_rows or weight.shape[1] % 4:

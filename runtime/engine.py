@@ -275,10 +275,16 @@ def _load_library(artifact: Artifact) -> Any:
         try:
             library = ctypes.CDLL(spelling, ctypes.RTLD_LOCAL)
             digest = bytes((ctypes.c_char * len(artifact.digest)).in_dll(library, "whet_digest"))
-            if digest == artifact.digest:
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{artifact.path} does not load: {error}") from error
+        if digest == artifact.digest:
+            try:
                 return tvm_ffi.load_module(spelling)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ArtifactError(f"{artifact.path} does not load ({error}); compile it again") from error
+            except RuntimeError as error:
+                raise ArtifactError(
+                    f"{artifact.path} does not load in this TVM runtime ({error}); it was compiled with apache-tvm-ffi "
+                    f"{artifact.metadata.tvm_ffi}: install that one, or compile the model again"
+                ) from error
     raise ArtifactError(
         f"{artifact.path} was replaced while it was loaded, or too often in this process; load it again"
     )

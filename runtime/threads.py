@@ -21,7 +21,7 @@ _SHARE_ALL_CORES = -3
 # processes fight for the same cores, and TVM's own 300 000 rounds of spinning (0.1 s) after every call burn the CPU
 # quota of a container.
 os.environ.setdefault("TVM_BIND_THREADS", "0")
-os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "10000")
+os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "2000")
 
 
 def available_cpus(cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:

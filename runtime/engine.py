@@ -43,7 +43,6 @@ class Engine:
         self._weights = tvm_ffi.convert([tvm_ffi.from_dlpack(array) for array in artifact.weights()])
         self._local = threading.local()
         self._helpers: dict[int, ThreadPoolExecutor] = {}
-        self._helpers_lock = threading.Lock()
 
     def __repr__(self) -> str:
         m = self.metadata
@@ -231,8 +230,8 @@ class Engine:
 
     def _helper(self) -> ThreadPoolExecutor:
         """Return a thread with a pool of its own, for callers whose pool is too small or was lost in a fork."""
-        with self._helpers_lock:
-            return self._helpers.setdefault(os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="whet"))
+        here = os.getpid()
+        return self._helpers.get(here) or self._helpers.setdefault(here, ThreadPoolExecutor(1, "whet"))
 
 
 def _integers(name: str, value: ArrayLike, dimensions: int) -> NDArray[Any]:

@@ -11,6 +11,7 @@ from tvm.script.ir_builder import tirx as T
 from whet.schedules.dense_spec import DenseSpec
 from whet.schedules.epilogue import Epilogue
 from whet.schedules.gemm import (
+    PREFETCH_BYTES,
     Accumulators,
     Blocking,
     Pass,
@@ -22,7 +23,7 @@ from whet.schedules.gemm import (
     tile_offset,
     vector_at,
 )
-from whet.schedules.isa import TILE, Isa, fma, splat, view
+from whet.schedules.isa import TILE, Isa, fma, prefetch, splat, view
 
 
 def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
@@ -73,7 +74,10 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                             register = registers[row][c]
                             T.buffer_store(register, fma(w, xs[c], register[0]), [0])
 
-                accumulate(isa, knobs, work, accumulators, k, step, "float32")
+                def ahead(j: Any) -> None:
+                    prefetch(weight, index, j + PREFETCH_BYTES // (rows * 4), 0)
+
+                accumulate(isa, knobs, work, accumulators, k, step, ahead, "float32")
 
             loop_nest(isa, knobs, tiles, n, "float32", reduce, epilogue.emit)
     return builder.get()

@@ -12,6 +12,7 @@ from whet.schedules.dense_f32 import interleave
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.epilogue import Epilogue
 from whet.schedules.gemm import (
+    PREFETCH_BYTES,
     Accumulators,
     Blocking,
     Pass,
@@ -23,7 +24,7 @@ from whet.schedules.gemm import (
     tile_offset,
     vector_at,
 )
-from whet.schedules.isa import TILE, Isa, splat, view
+from whet.schedules.isa import TILE, Isa, prefetch, splat, view
 
 
 def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
@@ -68,7 +69,10 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                             register = registers[row][c]
                             T.buffer_store(register, isa.dot4(register[0], xs[c], w), [0])
 
-                accumulate(isa, knobs, work, accumulators, quads, step, "int32")
+                def ahead(j: Any) -> None:
+                    prefetch(words, index, j + PREFETCH_BYTES // (rows * QUAD), 0)
+
+                accumulate(isa, knobs, work, accumulators, quads, step, ahead, "int32")
 
             loop_nest(isa, knobs, tiles, n, "int32", reduce, epilogue.emit)
     return builder.get()

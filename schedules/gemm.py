@@ -37,6 +37,9 @@ class Blocking:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
 
 
+PREFETCH_BYTES = 2048
+"""How far ahead of their use weights are prefetched."""
+
 Accumulators = list[list[Any]]
 """``[row][column]`` one-vector variables; columns are ``tile * isa.parts + part``."""
 
@@ -100,12 +103,15 @@ def accumulate(
     accumulators: Accumulators,
     length: Any,
     step: Callable[[Any, int, Accumulators], None],
+    ahead: Callable[[Any], None],
     dtype: str,
     multiple: int = 1,
 ) -> None:
     """Run ``step(j, rows, accumulators)`` for j in 0…length; few chains are split over several accumulator sets.
 
-    ``accumulators`` are set, not added to. A ``length`` that is an expression is a multiple of ``multiple``.
+    ``ahead(j)`` prefetches the weights that are read well after step j: from the last-level cache, the hardware's own
+    prefetching reached a third of that speed. ``accumulators`` are set, not added to. A ``length`` that is an
+    expression is a multiple of ``multiple``.
     """
     columns = work.tiles * isa.parts
     splits = max(1, min(4, blocking.chains // (work.rows * columns)))
@@ -120,6 +126,7 @@ def accumulate(
             T.buffer_store(register, zero, [0])
     whole = length // splits
     with T.serial(whole) as j:
+        ahead(j * splits)
         for s, registers in enumerate(sets):
             step(j * splits + s, work.rows, registers)
     if isinstance(length, int):

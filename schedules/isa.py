@@ -137,6 +137,12 @@ def view(buffer: Any, shape: Sequence[Any], dtype: str) -> Any:
     return T.decl_buffer(shape, dtype, data=buffer.data)
 
 
+def prefetch(buffer: Any, *indices: Any) -> None:
+    """Ask for the cache line of an element, which may lie past the end: prefetching never faults."""
+    read, keep, data = T.int32(0), T.int32(3), T.int32(1)
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(buffer[indices]), read, keep, data))
+
+
 def fma(a: Any, b: Any, c: Any) -> Any:
     """``a·b + c`` rounded once, on every instruction set."""
     return T.call_llvm_pure_intrin(a.ty.dtype, "llvm.fma", a, b, c)

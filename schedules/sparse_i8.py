@@ -16,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.epilogue import Epilogue
 from whet.schedules.gemm import (
+    PREFETCH_BYTES,
     Accumulators,
     Blocking,
     Order,
@@ -29,7 +30,7 @@ from whet.schedules.gemm import (
     tile_offset,
     vector_at,
 )
-from whet.schedules.isa import TILE, Isa, splat, view
+from whet.schedules.isa import TILE, Isa, prefetch, splat, view
 
 EVEN = 2
 """Row groups have a multiple of this many blocks, so that the reduction can be split without a remainder."""
@@ -125,7 +126,10 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                             register = registers[row][c]
                             T.buffer_store(register, isa.dot4(register[0], xs[c], w), [0])
 
-                accumulate(isa, knobs, work, accumulators, end - begin, step, "int32", multiple=EVEN)
+                def ahead(j: Any) -> None:
+                    prefetch(words, T.cast(begin + j, "int64") + PREFETCH_BYTES // (block_rows * QUAD), 0)
+
+                accumulate(isa, knobs, work, accumulators, end - begin, step, ahead, "int32", multiple=EVEN)
 
             by_length = Order(bound=lambda c: bounds[c], group=lambda position: order[position])
             loop_nest(isa, knobs, tiles, n, "int32", reduce, epilogue.emit, by_length, block_rows)

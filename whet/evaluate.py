@@ -12,7 +12,6 @@ import string
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whet.datasets import Dataset, LabelledText, Question, ScoredPair
+from whet.progress import Progress, Silent
 from whet.runtime import Session
 
 Array: TypeAlias = NDArray[Any]
@@ -27,13 +27,6 @@ Advance: TypeAlias = Callable[[int], None]
 
 BATCH = 64
 """Texts given to a module at once; progress advances in these steps."""
-
-
-class Progress(Protocol):
-    """The protocol of ``whet.passes.pipeline.Progress``, said again because that needs the compiler."""
-
-    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
-        """Enter a phase; the value it gives takes the count done so far."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +63,7 @@ def evaluate(
 
     """
     judge = _judge(session, data)
+    progress = progress or Silent()
     seconds, scores, outputs = _run(judge, session, progress, "evaluate")
     agreement: dict[str, float] = {}
     if against is not None:
@@ -87,15 +81,10 @@ def evaluate(
     )
 
 
-def _run(
-    judge: _Judge, session: Session, progress: Progress | None, name: str
-) -> tuple[float, dict[str, float], Sequence[Any]]:
+def _run(judge: _Judge, session: Session, progress: Progress, name: str) -> tuple[float, dict[str, float], Any]:
     start = time.perf_counter()
-    if progress is None:
-        outputs = judge.answer(session, lambda _: None)
-    else:
-        with progress.phase(name, judge.count) as advance:
-            outputs = judge.answer(session, advance)
+    with progress.phase(name, judge.count) as advance:
+        outputs = judge.answer(session, advance)
     return time.perf_counter() - start, judge.score(outputs), outputs
 
 
@@ -104,7 +93,7 @@ class _Judge(Protocol):
 
     count: int
 
-    def answer(self, session: Session, advance: Advance) -> Sequence[Any]: ...
+    def answer(self, session: Session, advance: Advance) -> Any: ...
     def score(self, outputs: Any) -> dict[str, float]: ...
     def agreement(self, outputs: Any, other: Any) -> dict[str, float]: ...
 

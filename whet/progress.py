@@ -1,16 +1,33 @@
-"""Progress on a terminal: one line per phase with the time it took, a bar where the phase is counted."""
+"""Progress of commands that take long: the protocol, nobody who listens, and a terminal."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TextIO
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TextIO
+
+
+class Progress(Protocol):
+    """Told of every phase as it runs; the same as ``whet.passes.pipeline.Progress``, which needs the compiler."""
+
+    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Callable[[int], None]]:
+        """Enter a phase; the value it gives takes the count done so far, up to ``total``."""
+
+
+class Silent:
+    """Progress that tells nobody."""
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """Run the phase."""
+        del name, total
+        yield lambda _done: None
 
 
 class TerminalProgress:
-    """Writes to a terminal, or plain lines where the stream is none; implements ``whet.passes.pipeline.Progress``.
+    """One line per phase with the time it took, and a bar where it is counted; plain lines where there is no terminal.
 
     Standard error by default, so that results on standard output can be piped.
     """

@@ -36,6 +36,9 @@ _PREFERRED = ("sentence_embedding", "logits", "last_hidden_state")
 
 _PER_REQUEST: tuple[Task, ...] = ("embedding", "sequence_classification")
 
+_PLAIN_LENGTH = 512
+"""Longest request of a graph that is not recognised, if neither it nor the tokenizer says: BERT's."""
+
 _NO_LENGTH = 1_000_000
 """Tokenizers without a limit write 1e30 or so as ``model_max_length``."""
 
@@ -61,7 +64,8 @@ def from_onnx(
     model = open_model(path)
     folder = _Folder.of(path, None if tokenizer is None else Path(tokenizer))
     inputs = _inputs(model, path, int(folder.config.get("pad_token_id", 0)))
-    outputs, notes = _outputs(model, path, output, task)
+    declared, notes = _outputs(model, path, output, task)
+    outputs = [_logits(model, name) for name in declared]
     if folder.tokenizer is None:
         notes.append("No tokenizer was found: the module takes token ids, not texts.")
     common: dict[str, Any] = {
@@ -79,24 +83,30 @@ def from_onnx(
         if pooling is not None:
             raise ValueError(f"{path} is not recognised as an encoder, so it can't be pooled: {reason}") from None
         notes.append(f"Not recognised as an encoder; stays plain Relax operators in fp32: {reason}.")
+        try:
+            module = plain_module(model, declared)
+        except ValueError as error:
+            raise ValueError(f"{path} is not recognised as an encoder ({reason}), and {error}") from error
         return Model(
-            module=plain_module(model, path, outputs),
-            task=task or _guess(outputs, per_request=_rank(model, outputs[0]) == 2, channels=0, hidden=0),
+            module=module,
+            task=task or _guess(declared, per_request=_rank(model, declared[0]) == 2, channels=0, hidden=0),
             dialect=False,
-            vocab_size=0,
-            max_length=min(folder.limit, inputs.sequence or _NO_LENGTH),
+            vocab_size=_vocab_size(model, inputs.ids),
+            max_length=min(folder.limit, inputs.sequence or _PLAIN_LENGTH),
             type_vocab_size=0,
             notes=tuple(notes),
             **common,
         )
-    found = "embedding" if head else _guess(outputs, encoder.per_request, encoder.channels, encoder.hidden)
+    if outputs != declared:
+        notes.append(f"The softmax or sigmoid before output {declared[0]!r} is left out: the module returns logits.")
+    found = "embedding" if head else _guess(declared, encoder.per_request, encoder.channels, encoder.hidden)
     if found == "question_answering" and "TokenClassification" in str(folder.config.get("architectures", "")):
         found = "token_classification"
     found = task or found
     if (found in _PER_REQUEST) != encoder.per_request:
         per = "request" if encoder.per_request else "token"
         raise ValueError(
-            f"{path}: task is {found!r}, but output {outputs[0]!r} is per {per}; name another output, or give pooling"
+            f"{path}: task is {found!r}, but output {declared[0]!r} is per {per}; name another output, or give pooling"
         )
     return Model(
         module=encoder.module,
@@ -116,6 +126,7 @@ def from_onnx(
 
 @dataclass(frozen=True)
 class _Inputs:
+    ids: str
     probes: Probes
     values: dict[str, Fact]
     sequence: int | None
@@ -138,7 +149,14 @@ def _inputs(model: onnx.ModelProto, path: Path, pad: int) -> _Inputs:
         role = roles[value.name]
         if role is not None:
             values[value.name] = Known(tuple(array.astype(dtype) for array in arrays[role]))
-    return _Inputs(probes, values, sequence)
+    return _Inputs(ids.name, probes, values, sequence)
+
+
+def _vocab_size(model: onnx.ModelProto, ids: str) -> int:
+    """Rows of the first table that is read at the token ids; 0 if there is none."""
+    rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    tables = [node.input[0] for node in model.graph.node if node.op_type == "Gather" and node.input[1] == ids]
+    return next((int(rows[table]) for table in tables if table in rows), 0)
 
 
 def _role(name: str, inputs: int) -> str | None:
@@ -169,13 +187,15 @@ def _outputs(model: onnx.ModelProto, path: Path, output: str | None, task: Task 
     notes = []
     if unused := [n for n in names if n not in chosen]:
         notes.append(f"Output {' and '.join(chosen)} is computed; left out: {', '.join(unused)}.")
-    producers = {name: node for node in model.graph.node for name in node.output}
-    for i, name in enumerate(chosen):
-        while (node := producers.get(name)) is not None and node.op_type in ("Softmax", "LogSoftmax", "Sigmoid"):
-            notes.append(f"The {node.op_type} at output {chosen[i]!r} is left out: the module returns logits.")
-            name = node.input[0]
-        chosen[i] = name
     return chosen, notes
+
+
+def _logits(model: onnx.ModelProto, output: str) -> str:
+    """What an output is before a final softmax or sigmoid."""
+    node = next((node for node in model.graph.node if output in node.output), None)
+    if node is None or node.op_type not in ("Softmax", "LogSoftmax", "Sigmoid"):
+        return output
+    return str(node.input[0])
 
 
 def _guess(outputs: Sequence[str], per_request: bool, channels: int, hidden: int) -> Task:

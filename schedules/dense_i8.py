@@ -30,8 +30,8 @@ from whet.schedules.isa import TILE, Isa, prefetch, splat, view
 def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     """Return the register blocking that measured best."""
     if isa.lanes == 16:
-        return Blocking(rows=4, tiles=6, chains=16, chunk=64)
-    return Blocking(rows=4, tiles=1, chains=8, chunk=64)
+        return Blocking(rows=8, tiles=3, chains=16, chunk=64)
+    return Blocking(rows=6 if isa.dot == "madd" else 4, tiles=1, chains=8, chunk=64)
 
 
 def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarray]:

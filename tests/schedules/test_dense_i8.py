@@ -54,7 +54,7 @@ def test_extreme_values_do_not_saturate(isa, weight, block_rows):
 def test_knobs_change_the_code_but_not_the_result(isa):
     rng = np.random.default_rng(3)
     rows = rng.integers(0, 256, (7, 68, 16)).astype(np.uint8)
-    for knobs in (Blocking(rows=3, tiles=2, chains=24, chunk=8), Blocking(rows=1, tiles=1, chains=1, chunk=1000)):
+    for knobs in (Blocking(rows=3, tiles=1, chains=24, chunk=8), Blocking(rows=1, tiles=2, chains=1, chunk=1000)):
         check(DenseSpec(50, 68, "i8"), isa, random_blocks(rng, 50, 68, 4, 0.5), rows, knobs)
     knobs = Blocking(rows=2, tiles=3, chains=32, chunk=16)
     check(DenseSpec(50, 68, "i8_sparse", 8), isa, random_blocks(rng, 50, 68, 8, 0.5), rows, knobs)

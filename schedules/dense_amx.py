@@ -16,9 +16,8 @@ from tvm.script.ir_builder import tirx as T
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.epilogue import Epilogue
 from whet.schedules.gemm import Block, Blocking, named, parameter
-from whet.schedules.isa import TILE, Isa, prefetch
+from whet.schedules.isa import TILE, Isa
 
-AHEAD = 4096
 ROWS = 16
 """Rows of a tile register, and output rows of one."""
 
@@ -70,9 +69,6 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 for t in range(count):
                     _load(registers.token(t), T.address_of(x[first + t, k * depth, 0, 0]), TILE * QUAD)
                 for r in range(row_tiles):
-                    for line in range(ROWS * depth * QUAD // 64):
-                        ahead = r * ROWS * depth * QUAD + line * 64 + AHEAD
-                        prefetch(weight, index, k, 0, ahead // (depth * QUAD), ahead % (depth * QUAD) // QUAD, 0)
                     _load(registers.row(r), T.address_of(weight[index, k, r, 0, 0, 0]), depth * QUAD)
                     for t in range(count):
                         _amx("tdpbsud", registers.sum(r, t), registers.row(r), registers.token(t))

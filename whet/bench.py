@@ -40,6 +40,8 @@ SETTLE_SECONDS = 0.005
 LEAST_RUNS = 10
 """Timed runs of each engine, however long they take."""
 WARM_UP_SECONDS = 0.3
+SEQUENCES = (16, 32, 128)
+"""Tokens per request, where the caller has no wishes: a query, a sentence, a paragraph."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def bench(
     module: str | PathLike[str],
     *,
     batches: Sequence[int] = (1,),
-    sequences: Sequence[int] = (16, 32, 128),
+    sequences: Sequence[int] | None = None,
     threads: Sequence[int] = (1,),
     min_seconds: float = 1.0,
     against: Sequence[str] = (),
@@ -118,7 +120,7 @@ def bench(
     Args:
         module: a compiled module.
         batches: requests per call.
-        sequences: tokens per request.
+        sequences: tokens per request; default 16, 32 and 128, as far as the module takes them.
         threads: threads per call, of Whet and of every peer.
         min_seconds: timed seconds of each engine in each case.
         against: engines of ``whet.peers.PEERS`` that run the same model in turns.
@@ -131,6 +133,8 @@ def bench(
     """
     artifact = open_artifact(module)
     metadata = artifact.metadata
+    if sequences is None:
+        sequences = [s for s in SEQUENCES if s <= metadata.max_length] or [metadata.max_length]
     _check(metadata, batches, sequences, threads, min_seconds, against, source)
     progress = progress or Silent()
     before = os.getloadavg()[0]

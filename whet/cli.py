@@ -1,0 +1,416 @@
+"""The command line: parses, calls the public functions, prints. Results go to standard output, all else to error.
+
+Exit codes: 0 done, 1 what was asked can't be done (one line says why), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from whet.datasets import FORMATS, Text, read_dataset, read_texts, split_pair
+from whet.peers import PEERS
+from whet.progress import TerminalProgress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_COMPILER_PACKAGES = ("tvm", "onnx", "safetensors")
+_MATRIX = 10
+"""Texts whose similarities fit a terminal."""
+
+
+class _Names:
+    """Names from a registry of the compiler, read when they are needed: a machine may have no compiler."""
+
+    def __init__(self, module: str, attribute: str, *more: str) -> None:
+        self.module, self.attribute, self.more = module, attribute, more
+
+    def _names(self) -> list[str]:
+        value = getattr(import_module(self.module), self.attribute)
+        return [*self.more, *(get_args(value) or value)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names()
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            return iter(self._names())
+        except ModuleNotFoundError:
+            return iter(["names that whet[compile] knows"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in arguments or os.environ.get("WHET_DEBUG", "") not in ("", "0")
+    try:
+        args = _parser().parse_args(arguments)
+        args.command(args)
+        sys.stdout.flush()
+    except SystemExit as stop:  # argparse has said why
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print("whet: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has seen enough, as in `whet run … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"whet: error: {_message(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _message(error: Exception) -> str:
+    """One line for people."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _COMPILER_PACKAGES:
+        return f"this needs the compiler ({error.name} is not installed): pip install 'whet[compile]'"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split()) or "no message"
+    if isinstance(error, ValueError | OSError | ImportError):
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _compile(args: argparse.Namespace) -> None:
+    import whet  # noqa: PLC0415 -- here and below: a command imports what it needs
+
+    settings = {"method": args.calibration_method, "activations": args.activations}
+    given = {name: value for name, value in settings.items() if value is not None}
+    report = whet.compile(
+        args.model,
+        args.output,
+        args.precision,
+        calibration=None if args.calibration is None else read_texts(args.calibration, pairs=True),
+        quantisation=whet.QuantisationConfig(**given) if given else None,
+        isa=args.isa,
+        task=args.task,
+        pooling=args.pooling,
+        tokenizer=args.tokenizer,
+        sparsity=args.sparsity,
+        block_rows=args.block_rows,
+        max_length=args.max_length,
+        dump_ir=args.dump_ir,
+        progress=TerminalProgress(),
+    )
+    if args.json:
+        print(report.to_json())
+    elif args.explain:
+        print(report)
+    else:
+        print(str(report).partition("\n")[0])
+        for note in report.notes:
+            print(f"note: {note}")
+
+
+def _run(args: argparse.Namespace) -> None:
+    from whet.answers import answer_question, answer_texts  # noqa: PLC0415
+    from whet.runtime import load  # noqa: PLC0415
+
+    session = load(args.module, args.threads)
+    if args.question is not None:
+        records = answer_question(session, args.question, _context(args), args.top_k)
+    else:
+        if args.context is not None:
+            raise ValueError("--context is given without a --question")
+        records = answer_texts(session, _texts(args), args.top_k)
+    if args.json:
+        for record in records:
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+    else:
+        _print_answers(list(records))
+
+
+def _texts(args: argparse.Namespace) -> Iterable[Text]:
+    """Texts of the arguments, else of the file, else of standard input."""
+    given: list[Text] = [*args.text, *(tuple(pair) for pair in args.pair)]
+    if given and args.file:
+        raise ValueError("texts are given both as arguments and by --file; leave one of them out")
+    if given:
+        return given
+    if args.file:
+        return read_texts(args.file, pairs=args.tab_pairs)
+    lines = (line.rstrip("\r\n") for line in sys.stdin)
+    kept = (line for line in lines if line.strip())
+    return (split_pair(line, "standard input") if args.tab_pairs and "\t" in line else line for line in kept)
+
+
+def _context(args: argparse.Namespace) -> str:
+    given = [*args.text, *([args.context] if args.context is not None else [])]
+    if len(given) + bool(args.file) > 1:
+        raise ValueError("several contexts are given; expected one: --context, --file, or standard input")
+    if given:
+        return str(given[0])
+    return Path(args.file).read_text(encoding="utf-8") if args.file else sys.stdin.read()
+
+
+def _print_answers(records: list[dict[str, Any]]) -> None:
+    from whet.answers import similarities  # noqa: PLC0415
+
+    vectors = [r["vector"] for r in records if "vector" in r]
+    for i, record in enumerate(records, 1):
+        if "vector" in record:
+            start = " ".join(f"{value:+.4f}" for value in record["vector"][:4])
+            print(f"{i:3}  [{start} … {len(record['vector'])} values]  {record['text']}")
+        elif "similarity" in record:
+            print(f"{record['similarity']:7.4f}  {' | '.join(record['text'])}")
+        elif "tags" in record:
+            print("  ".join(f"{tag['text']}/{tag['label']}" for tag in record["tags"]))
+        elif "answer" in record:
+            print(f"{record['score']:7.4f}  {record['answer']}  [{record['start']}:{record['end']}]")
+        else:
+            labels = [f"{label['label']} {label['score']:.4f}" for label in record.get("labels", [record])]
+            text = record["text"] if isinstance(record["text"], str) else " | ".join(record["text"])
+            print(f"{', '.join(labels)}  {text}")
+    if 2 <= len(vectors) <= _MATRIX:
+        _print_matrix(similarities(vectors))
+
+
+def _print_matrix(values: np.ndarray[Any, Any]) -> None:
+    print("\ncosine similarity")
+    print("     " + " ".join(f"{i:7}" for i in range(1, len(values) + 1)))
+    for i, row in enumerate(values, 1):
+        print(f"{i:3}  " + " ".join(f"{value:7.4f}" for value in row))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from whet.describe import describe  # noqa: PLC0415
+
+    _print(describe(args.module, verify=args.verify), args.json)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from whet.explain import explain  # noqa: PLC0415
+
+    names = ("isa", "task", "pooling", "tokenizer", "sparsity", "block_rows")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if options and Path(args.model).suffix == ".so":
+        flag = next(iter(options)).replace("_", "-")
+        raise ValueError(f"{args.model} is compiled: --{flag} can't change it; leave it out, or name the model")
+    if Path(args.model).suffix != ".so":
+        options["progress"] = TerminalProgress()
+    _print(explain(args.model, **options), args.json)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from whet.bench import bench  # noqa: PLC0415
+
+    report = bench(
+        args.module,
+        batches=args.batch,
+        sequences=args.seq,
+        threads=args.threads,
+        min_seconds=args.min_seconds,
+        against=args.against,
+        source=args.model,
+        progress=TerminalProgress(),
+    )
+    if args.output:
+        Path(args.output).write_text(report.to_json() + "\n", encoding="utf-8")
+    _print(report, args.json)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from whet.evaluate import evaluate  # noqa: PLC0415
+    from whet.runtime import load  # noqa: PLC0415
+
+    data = read_dataset(args.data, args.format, args.limit)
+    other = None if args.against_fp32 is None else load(args.against_fp32, args.threads)
+    _print(evaluate(load(args.module, args.threads), data, TerminalProgress(), other), args.json)
+
+
+def _print(result: Any, as_json: bool) -> None:
+    print(result.to_json() if as_json else result)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="whet",
+        description="Compiles a transformer encoder into one .so that runs on a CPU as block-sparse int8.",
+        epilog="Exit codes: 0 done, 1 it can't be done (one line says why), 2 wrong usage, 130 interrupted. "
+        "WHET_DEBUG=1, or --debug, adds the traceback.",
+    )
+    parser.add_argument("--version", action="version", version=f"whet {version('whet')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(command=run)
+        sub.add_argument("--json", action="store_true", help="print JSON, for scripts")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    _add_compile(command("compile", _compile, "compile a model to one .so"))
+    _add_run(command("run", _run, "run a compiled module on texts: encode, classify, tag or answer, as its task is"))
+    _add_inspect(command("inspect", _inspect, "show what a compiled module is, and whether this CPU can run it"))
+    _add_explain(command("explain", _explain, "show which layers run how, and why"))
+    _add_bench(command("bench", _bench, "time a compiled module, beside the same model in other engines"))
+    _add_eval(command("eval", _eval, "score a compiled module on labelled data"))
+    return parser
+
+
+def _add_compile(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", help="Hugging Face folder (config.json, safetensors) or .onnx file")
+    sub.add_argument("-o", "--output", metavar="FILE.so", required=True, help="the file to write")
+    sub.add_argument(
+        "--precision",
+        metavar="PRECISION",
+        choices=_Names("whet.compiler", "Precision"),
+        default="int8",
+        help="%(choices)s; default %(default)s. fp32 is the reference to compare with",
+    )
+    _add_source(sub)
+    sub.add_argument("--max-length", metavar="TOKENS", type=_positive, help="a shorter limit than the model's own")
+    quantisation = sub.add_argument_group("int8")
+    quantisation.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="texts like the ones the model will see, one per line, a tab between the texts of a pair; default: "
+        "English sentences that ship with Whet",
+    )
+    quantisation.add_argument(
+        "--calibration-method",
+        metavar="METHOD",
+        choices=_Names("whet.passes.calibrate", "Method"),
+        help="how ranges are chosen: %(choices)s; default mse",
+    )
+    quantisation.add_argument(
+        "--activations",
+        choices=["static", "per_token"],
+        help="one scale per layer (default, faster), or per token after layer norms (closer to fp32)",
+    )
+    sub.add_argument("--explain", action="store_true", help="print the decision for every layer")
+    sub.add_argument("--dump-ir", metavar="DIR", help="write the graph after each pass, for people who work on Whet")
+
+
+def _add_source(sub: argparse.ArgumentParser, defaults: bool = True) -> None:
+    """Options that say what the model is and what is made of it, for commands that import one."""
+    sub.add_argument(
+        "--isa",
+        metavar="ISA",
+        choices=_Names("whet.schedules.isa", "ISAS", "host"),
+        default="host" if defaults else None,
+        help="instruction set to compile for: %(choices)s; default host, the best of this machine",
+    )
+    sub.add_argument(
+        "--task",
+        metavar="TASK",
+        choices=_Names("whet.frontend.model", "Task"),
+        help="what the model does, where an .onnx file does not say: %(choices)s",
+    )
+    sub.add_argument(
+        "--pooling",
+        metavar="POOLING",
+        choices=_Names("whet.passes.dialect", "Pooling"),
+        help="make an embedding model of an encoder without a head: %(choices)s",
+    )
+    sub.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.json, for .onnx files")
+    sub.add_argument(
+        "--sparsity",
+        metavar="SHARE",
+        type=float,
+        default=0.0 if defaults else None,
+        help="prune this share of the weights by magnitude, to try its speed; it costs accuracy",
+    )
+    sub.add_argument(
+        "--block-rows",
+        metavar="R",
+        type=_positive,
+        default=4 if defaults else None,
+        help="height of the R x 4 blocks that --sparsity prunes; default 4",
+    )
+
+
+def _add_run(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("module", metavar="FILE.so", help="compiled module; it is code: run only files that you trust")
+    sub.add_argument("text", metavar="TEXT", nargs="*", help="texts; without any, --file or lines of standard input")
+    sub.add_argument("--file", metavar="FILE", help="one text per line; with --question, the context")
+    sub.add_argument("--pair", metavar=("A", "B"), nargs=2, action="append", default=[], help="two texts read together")
+    sub.add_argument("--tab-pairs", action="store_true", help="lines with a tab are pairs")
+    sub.add_argument("--question", metavar="TEXT", help="find its answer in the context")
+    sub.add_argument("--context", metavar="TEXT", help="where the answer stands; else --file or standard input")
+    sub.add_argument("--top-k", metavar="K", type=_positive, help="so many labels or answers, best first")
+    _add_threads(sub)
+
+
+def _add_inspect(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("module", metavar="FILE.so")
+    sub.add_argument("--verify", action="store_true", help="compare the weights with their checksum, too")
+
+
+def _add_explain(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL|FILE.so", help="a model, or a compiled module, which holds its own report")
+    _add_source(sub, defaults=False)
+
+
+def _add_bench(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("module", metavar="FILE.so")
+    sub.add_argument("--batch", metavar="N,…", type=_numbers, default=[1], help="requests per call; default 1")
+    sub.add_argument("--seq", metavar="N,…", type=_numbers, help="tokens per request; default 16,32,128")
+    sub.add_argument("--threads", metavar="N,…", type=_numbers, default=[1], help="threads; default 1")
+    sub.add_argument(
+        "--min-seconds", metavar="S", type=float, default=1.0, help="time of each engine in each case; default 1"
+    )
+    sub.add_argument(
+        "--against",
+        metavar="ENGINE,…",
+        type=_engines,
+        default=[],
+        help=f"the same model in {', '.join(PEERS)}, in turns with Whet; needs --model",
+    )
+    sub.add_argument("--model", metavar="MODEL", help="what the module was compiled from: the peers' weights")
+    sub.add_argument("-o", "--output", metavar="FILE", help="write the report as JSON, too")
+
+
+def _add_eval(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("module", metavar="FILE.so")
+    sub.add_argument("--data", metavar="FILE", required=True)
+    sub.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        required=True,
+        help="STS-B or SST-2 as published, SQuAD JSON, or a CSV with text,label or text_a,text_b,label|score",
+    )
+    sub.add_argument("--limit", metavar="N", type=_positive, help="only the first rows")
+    sub.add_argument(
+        "--against-fp32", metavar="OTHER.so", help="another build of the model, to show how far the answers agree"
+    )
+    _add_threads(sub)
+
+
+def _add_threads(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--threads", metavar="N", type=_positive, help="default: every CPU that this process may use")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _engines(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in PEERS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PEERS)}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Which layers run how, and why: of a compiled module from its own report, of a model from the passes' decisions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from whet.progress import Progress, Silent
+from whet.runtime.artifact import open_artifact
+
+if TYPE_CHECKING:
+    from whet.frontend.model import Model, Task
+    from whet.passes.dialect import Pooling
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What becomes of a model."""
+
+    source: str
+    name: str
+    task: str
+    precision: str
+    isa: str
+    layers: tuple[Mapping[str, Any], ...]
+    """The integer dense layers; fields as in ``whet.passes.choose_kernels.Choice``."""
+    plain: tuple[str, ...]
+    """Dense layers that stay float32, and why; known of models, not of compiled modules."""
+    notes: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The explanation as one JSON object."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.name}, {self.task}, {self.precision} for {self.isa}", *map(_line, self.layers)]
+        if not self.layers:
+            lines.append("  no integer layers")
+        lines += [f"  fp32: {line}" for line in self.plain]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def explain_module(path: str | PathLike[str]) -> Explanation:
+    """Read the report that a compiled module carries. Raises as ``whet.runtime.artifact.open_artifact``."""
+    m = open_artifact(path).metadata
+    return Explanation(str(path), m.name, m.task, m.precision, m.isa, m.report, (), m.notes)
+
+
+def explain_model(
+    source: str | PathLike[str],
+    *,
+    isa: str = "host",
+    task: Task | None = None,
+    pooling: Pooling | None = None,
+    tokenizer: str | None = None,
+    sparsity: float = 0.0,
+    block_rows: int = 4,
+    progress: Progress | None = None,
+) -> Explanation:
+    """Import a model and decide about its layers as an int8 compilation would, without generating code.
+
+    Arguments and errors are those of ``whet.compile``; needs the compiler.
+    """
+    from whet.compiler import import_model  # noqa: PLC0415 -- a module's own report needs no compiler
+    from whet.passes.choose_kernels import choose_kernels  # noqa: PLC0415
+    from whet.passes.fuse_qkv import fuse_qkv  # noqa: PLC0415
+    from whet.passes.pad_heads import pad_heads  # noqa: PLC0415
+    from whet.passes.prune_blocks import prune_blocks  # noqa: PLC0415
+    from whet.passes.quantise import QuantisationConfig, quantise  # noqa: PLC0415
+    from whet.schedules import isa as isas  # noqa: PLC0415
+
+    progress = progress or Silent()
+    target = isas.host_isa() if isa == "host" else isas.isa(isa)
+    with progress.phase("import"):
+        model = import_model(source, task=task, pooling=pooling, tokenizer=tokenizer)
+    layers: list[Mapping[str, Any]] = []
+    plain: list[str] = []
+    if model.dialect:
+        with progress.phase("decide"):
+            module = pad_heads(fuse_qkv(model.module))
+            if sparsity:
+                module = prune_blocks(module, sparsity, block_rows)
+            plain = _plain(module)
+            # The choice depends on the weights alone, so one short request is calibration enough.
+            module = quantise(module, QuantisationConfig(method="minmax"), [np.zeros(4, np.int64)])
+            layers = [asdict(choice) for choice in choose_kernels(module, target)[1]]
+    precision = "int8" if layers else "fp32"
+    return Explanation(
+        str(source), model.name, model.task, precision, target.name, tuple(layers), tuple(plain), _notes(model)
+    )
+
+
+def explain(source: str | PathLike[str], **options: Any) -> Explanation:
+    """Explain a compiled module (``.so``, no options) or a model."""
+    return explain_module(source) if Path(source).suffix == ".so" else explain_model(source, **options)
+
+
+def _notes(model: Model) -> tuple[str, ...]:
+    if model.dialect:
+        return model.notes
+    return ("The model was not recognised as an encoder: all of it runs as plain fp32 operators.", *model.notes)
+
+
+def _plain(module: Any) -> list[str]:
+    """Say which dense layers ``quantise`` will leave in float32, and why."""
+    from whet.passes import dialect  # noqa: PLC0415
+    from whet.passes.graph import Graph, is_call, is_per_token  # noqa: PLC0415
+    from whet.passes.quantise import SMALL_HEAD  # noqa: PLC0415
+
+    graph = Graph(module)
+    lines = []
+    for binding in graph.bindings:
+        if not is_call(binding.value, dialect.DENSE):
+            continue
+        rows, columns = dialect.shape_of(binding.value.args[1])
+        if not is_per_token(graph, binding.value.args[0]):
+            why = "it runs once per request, not per token"
+        elif columns % 4:
+            why = f"integer kernels take input channels four at a time, and it has {columns}"
+        elif rows < SMALL_HEAD:
+            why = f"with fewer than {SMALL_HEAD} output channels it costs little, and accuracy much"
+        else:
+            continue
+        lines.append(f"{binding.var.name} ({rows} × {columns}): {why}")
+    return lines
+
+
+def _line(layer: Mapping[str, Any]) -> str:
+    """One integer dense layer: its zeros, the kernel chosen, and how the candidates were judged."""
+    kernel = f"{layer['block_rows']}x4 sparse" if layer["block_rows"] else "dense"
+    chosen = f"{layer['block_rows']}x4" if layer["block_rows"] else "dense"
+    cycles = layer["cycles"]
+    others = ", ".join(f"{name} {c / cycles[chosen]:.2f}×" for name, c in cycles.items() if name != chosen)
+    shape = f"{layer['out_features']} × {layer['in_features']}"
+    return f"  {layer['layer']:32} {shape:>12} {layer['zeros']:6.1%} zeros → {kernel:12} ({others})"

@@ -17,7 +17,6 @@ from .raise_facts import (
     GRID,
     PROBES,
     Array,
-    Axis,
     Centred,
     DontCare,
     Fact,
@@ -694,11 +693,23 @@ def merge(x: Rows, y: Rows) -> Rows:
 def same_layout(x: Tokens, y: Tokens) -> bool:
     """Whether elements of the same place belong to the same token and channel."""
 
-    def key(t: Tokens) -> tuple[tuple[object, ...], ...]:
-        def axis_key(axis: Axis) -> object:
-            return (t.channels.index(axis), axis.sizes) if axis in t.channels else axis
-
-        return tuple(tuple(axis_key(a) for a in g) for g in t.axes)
+    def key(t: Tokens) -> list[list[object]]:
+        """Per dimension its axes; runs of channels, however they are split, as their length and stride."""
+        found: list[list[object]] = []
+        for dim in t.axes:
+            runs: list[object] = []
+            for axis in dim:
+                if axis not in t.channels:
+                    runs.append(axis)
+                    continue
+                length, stride = axis.sizes[0], sizes(t.channels[t.channels.index(axis) + 1 :])[0]
+                match runs:
+                    case [*_, (int(before), int(outer))] if outer == length * stride:
+                        runs[-1] = (before * length, stride)
+                    case _:
+                        runs.append((length, stride))
+            found.append(runs)
+        return found
 
     return x.node.per_request == y.node.per_request and x.node.channels == y.node.channels and key(x) == key(y)
 

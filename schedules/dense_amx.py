@@ -27,6 +27,11 @@ def supports(spec: DenseSpec, isa: Isa) -> bool:
     return isa.name == "amx_int8" and spec.weight == "i8" and _depth(spec) >= ROWS // 2
 
 
+def steps(spec: DenseSpec) -> int:
+    """Tile registers that the input channels fill."""
+    return spec.in_features // QUAD // _depth(spec)
+
+
 def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     """Two by two accumulator tiles: each operand loaded is used twice, which the load ports just keep up with."""
     return Blocking(rows=2 * ROWS, tiles=2, chains=1, chunk=96)
@@ -37,7 +42,7 @@ def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarra
     rows, depth = knobs.rows, _depth(spec)
     padded = np.zeros((math.ceil(spec.out_features / rows) * rows, spec.in_features), np.int8)
     padded[: spec.out_features] = weight
-    split = padded.reshape(-1, rows // ROWS, ROWS, spec.in_features // QUAD // depth, depth, QUAD)
+    split = padded.reshape(-1, rows // ROWS, ROWS, steps(spec), depth, QUAD)
     return [np.ascontiguousarray(split.transpose(0, 3, 1, 2, 4, 5))]
 
 
@@ -48,7 +53,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
     """
     n, quads, rows, most = spec.out_features, spec.in_features // QUAD, knobs.rows, knobs.tiles
     depth = _depth(spec)
-    steps, row_tiles = quads // depth, rows // ROWS
+    row_tiles = rows // ROWS
     if rows % ROWS or row_tiles * most + row_tiles + most > 8:
         raise ValueError(f"knobs are {rows} rows × {most} tiles; AMX has 8 tile registers of 16 rows")
     passes = math.ceil(n / rows)
@@ -57,7 +62,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
         T.func_name(f"dense_amx_{n}x{spec.in_features}")
         tiles = T.int64()
         x = parameter("x", (tiles, quads, TILE, QUAD), "uint8")
-        weight = parameter("weight", (passes, steps, row_tiles, ROWS, depth, QUAD), "int8")
+        weight = parameter("weight", (passes, steps(spec), row_tiles, ROWS, depth, QUAD), "int8")
         epilogue = Epilogue.declare(spec, isa, tiles)
         registers = _Registers(row_tiles, most)
 
@@ -65,7 +70,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
             for r in range(row_tiles):
                 for t in range(count):
                     _amx("tilezero", registers.sum(r, t))
-            with T.serial(steps) as k:
+            with T.serial(steps(spec)) as k:
                 for t in range(count):
                     _load(registers.token(t), T.address_of(x[first + t, k * depth, 0, 0]), TILE * QUAD)
                 for r in range(row_tiles):

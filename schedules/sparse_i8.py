@@ -32,9 +32,6 @@ from whet.schedules.gemm import (
 )
 from whet.schedules.isa import TILE, Isa, prefetch, splat, view
 
-EVEN = 2
-"""Row groups have a multiple of this many blocks, so that the reduction can be split without a remainder."""
-
 
 def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     """Return the register blocking that measured best; ``rows`` divides ``block_rows``."""
@@ -44,14 +41,19 @@ def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     return Blocking(rows=rows, tiles={1: 4, 2: 2, 4: 1}[rows], chains=8, chunk=64)
 
 
+def padding(block_rows: int) -> int:
+    """Return what the blocks of a row group are a multiple of, so that a reduction splits into chains without a rest."""
+    return 4 if block_rows == 1 else 2
+
+
 def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarray]:
     """``(N, K)`` to five arrays: bounds, order, indptr, index, blocks.
 
     Whole groups are computed in ascending order of their number of blocks: the branch at the end of a reduction is
     mispredicted only where that number changes. ``order`` int32 says which group stands at each position; chunk c
     computes positions ``bounds[c]`` to ``bounds[c + 1]`` (int32), about the same number of blocks each. Blocks of row
-    group r, counted in that order, are ``indptr[r]`` to ``indptr[r + 1]`` (int32), an even number, the last perhaps
-    zero; ``index`` (uint16, or int32 for very wide layers) is the quad and ``blocks`` s8 ``(…, block_rows, 4)``.
+    group r, counted in that order, are ``indptr[r]`` to ``indptr[r + 1]`` (int32), a multiple of ``padding``, the last
+    perhaps zeros; ``index`` (uint16, or int32 for very wide layers) is the quad and ``blocks`` s8 ``(…, block_rows, 4)``.
     """
     n, k = weight.shape
     rows, group = spec.block_rows, group_rows(spec.out_features, spec.block_rows)
@@ -62,7 +64,7 @@ def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarra
 
     whole, per_group = n // group, group // rows
     counts = present.sum(1)
-    counts += counts % EVEN
+    counts += -counts % padding(rows)
     work = counts[: whole * per_group].reshape(whole, per_group).sum(1)
     order = np.argsort(work, kind="stable")
     bounds = _balanced(work[order], chunk_count(knobs, n))
@@ -129,7 +131,9 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 def ahead(j: Any) -> None:
                     prefetch(words, T.cast(begin + j, "int64") + PREFETCH_BYTES // (block_rows * QUAD), 0)
 
-                accumulate(isa, knobs, work, accumulators, end - begin, step, ahead, "int32", multiple=EVEN)
+                accumulate(
+                    isa, knobs, work, accumulators, end - begin, step, ahead, "int32", multiple=padding(block_rows)
+                )
 
             by_length = Order(bound=lambda c: bounds[c], group=lambda position: order[position])
             loop_nest(isa, knobs, tiles, n, "int32", reduce, epilogue.emit, by_length, block_rows)

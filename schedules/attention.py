@@ -7,7 +7,7 @@ from typing import Literal
 
 from tvm import tirx
 from whet.schedules.attention_f32 import attention_f32
-from whet.schedules.attention_i8 import attention_i8
+from whet.schedules.attention_i8 import MAX_HEAD_SIZE, attention_i8
 from whet.schedules.isa import Isa
 
 
@@ -38,6 +38,8 @@ class AttentionSpec:
             raise ValueError(f"precision is {self.precision!r}; expected 'i8' or 'f32'")
         if self.precision == "i8" and self.head_size % 4:
             raise ValueError(f"head_size is {self.head_size}; int8 attention needs a multiple of 4, so pad the heads")
+        if self.precision == "i8" and self.head_size > MAX_HEAD_SIZE:
+            raise ValueError(f"head_size is {self.head_size}; int8 attention takes at most {MAX_HEAD_SIZE}, so use f32")
         if self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}; expected at least 1")
 
@@ -46,13 +48,19 @@ class AttentionSpec:
 class AttentionKnobs:
     """How an attention kernel uses the registers."""
 
+    queries: int
+    """Vectors of queries that share the loads of keys and values."""
     accumulators: int
-    """Keys whose scores, and channels whose results, are summed at once: 4, 8 or 16."""
+    """Sums in registers: queries × keys of the first product, queries × channels of the second."""
+
+    def __post_init__(self) -> None:
+        if self.queries < 1 or self.accumulators % self.queries or self.accumulators // self.queries not in (4, 8, 16):
+            raise ValueError(f"{self}: accumulators / queries must be 4, 8 or 16")
 
     @staticmethod
     def default(isa: Isa) -> AttentionKnobs:
         """As many as leave registers for the operands."""
-        return AttentionKnobs(isa.registers // 2)
+        return AttentionKnobs(2, 16) if isa.registers == 32 else AttentionKnobs(1, 8)
 
 
 def attention(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs | None = None) -> tirx.PrimFunc:

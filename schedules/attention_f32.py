@@ -14,14 +14,17 @@ from tvm.script.ir_builder import tirx as T
 from whet.schedules.elementwise import lanes_of
 from whet.schedules.gemm import named, parameter
 from whet.schedules.isa import TILE, Isa, fma, splat
-from whet.schedules.segments import blend, entries_of_tiles, for_each_segment, lanes_before
-from whet.schedules.vector_math import exp2_of_product
+from whet.schedules.segments import Queries, Request, blend, for_each_request, lanes_before
+from whet.schedules.vector_math import exp2_of_products
 
 if TYPE_CHECKING:
     from whet.schedules.attention import AttentionKnobs, AttentionSpec
 
 _LEAST_EXPONENT = -200.0
 """2^-200 is 0 in float32, so smaller scores need no telling apart."""
+
+_ROWS = 4
+"""Keys whose exponentials are computed together."""
 
 
 def attention_f32(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs) -> tirx.PrimFunc:
@@ -37,103 +40,119 @@ def attention_f32(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs) -> tirx.
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                entries = entries_of_tiles(segments, tiles)
-                vectors = tiles * isa.parts
-                with T.parallel(spec.heads * vectors) as task:
-                    head = named("head", T.Bind(task // vectors))
-                    tile = named("tile", T.Bind(task % vectors // isa.parts))
-                    part = named("part", T.Bind(task % isa.parts))
-                    queries = _Queries(spec, isa, knobs, (qkv, out), (head, tile, part))
-                    for_each_segment(entries, segments, tile, queries.attend)
+                kernel = _Kernel(spec, isa, knobs, qkv, out)
+                for_each_request(isa, spec.heads, knobs.queries, segments, tiles, kernel.allocate, kernel.attend)
         return builder.get()
 
 
-class _Queries:
-    """The attention of one vector of queries and one head: a unit of parallel work."""
+class _Kernel:
+    """The attention of a few vectors of queries of one head to the keys of one request."""
 
-    def __init__(
-        self, spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, buffers: tuple[Any, ...], place: tuple[Any, ...]
-    ) -> None:
+    def __init__(self, spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, qkv: Any, out: Any) -> None:
         self.spec, self.isa, self.knobs = spec, isa, knobs
-        self.qkv, self.out = buffers
-        head, self.tile, self.part = place
-        channels = spec.heads * spec.head_size
-        self.q, self.k, self.v = (named(n, T.Bind(head * spec.head_size + i * channels)) for i, n in enumerate("qkv"))
-        rows = -(-(spec.max_length + TILE - 1) // TILE) * TILE
-        self.scores = named("scores", T.alloc_buffer((rows, isa.lanes), "float32"))
+        self.qkv, self.out = qkv, out
         self.every = T.ramp(0, 1, isa.lanes)
 
-    def attend(self, is_first: Any, start: Any, length: Any) -> None:
-        """Attend to the keys of one request; ``is_first`` if it is the first that the tile overlaps."""
-        first = named("first_key_tile", T.Bind(start // TILE))
-        tiles = named("key_tiles", T.Bind((start + length + (TILE - 1)) // TILE - first))
-        lead = named("lead", T.Bind(start - first * TILE))  # keys of the first tile that are another request's
-        self._scores(first, tiles)
-        total = self._probabilities(lead, length)
-        self._context(start, (lead, length), total, self._store(is_first, start, length))
+    def allocate(self) -> None:
+        """Allocate what one unit of parallel work needs."""
+        rows = -(-(self.spec.max_length + TILE - 1) // TILE) * TILE
+        self.scores = named("scores", T.alloc_buffer((self.knobs.queries, rows, self.isa.lanes), "float32"))
 
-    def _scores(self, first: Any, tiles: Any) -> None:
-        """Rows of scores, counted from the first key of the first tile."""
-        isa, count = self.isa, self.knobs.accumulators
-        at = lanes_of(self.part, isa)
-        with T.serial(tiles) as t, T.serial(TILE // count) as block:
-            sums = _zeros(count, isa)
+    def attend(self, queries: Queries, request: Request) -> None:
+        """Emit everything; scores and probabilities are counted from the first key of the request's first tile."""
+        self._scores(queries, request)
+        totals = self._exponentials(queries, request)
+        self._context(queries, request, totals)
+
+    def _channel(self, of: str, queries: Queries) -> Any:
+        """First of the head's channels of q, k or v."""
+        return T.Bind((queries.head + "qkv".index(of) * self.spec.heads) * self.spec.head_size)
+
+    def _scores(self, queries: Queries, request: Request) -> None:
+        isa = self.isa
+        count = self.knobs.accumulators // self.knobs.queries
+        q, k = self._channel("q", queries), self._channel("k", queries)
+        with T.serial(request.tiles) as t, T.serial(TILE // count) as block:
+            sums = [self._zeros(len(queries.vectors)) for _ in range(count)]
             with T.serial(self.spec.head_size) as c:
-                x = T.Bind(self.qkv[self.tile, self.q + c, at])
-                for i, s in enumerate(sums):
-                    key = splat(self.qkv[first + t, self.k + c, block * count + i], isa.lanes)
-                    T.buffer_store(s, fma(x, key, s[0]), [0])
-            for i, s in enumerate(sums):
-                T.buffer_store(self.scores, s[0], [t * TILE + block * count + i, self.every])
+                x = [T.Bind(self.qkv[tile, q + c, lanes_of(part, isa)]) for tile, part in queries.vectors]
+                for i, of_key in enumerate(sums):
+                    key = T.Bind(splat(self.qkv[request.first + t, k + c, block * count + i], isa.lanes))
+                    for s, of_query in zip(of_key, x, strict=True):
+                        T.buffer_store(s, fma(of_query, key, s[0]), [0])
+            for i, of_key in enumerate(sums):
+                for j, s in enumerate(of_key):
+                    T.buffer_store(self.scores, s[0], [j, t * TILE + block * count + i, self.every])
 
-    def _probabilities(self, lead: Any, length: Any) -> Any:
-        """Replace scores by exponentials; returns the reciprocal of their sum per query."""
+    def _exponentials(self, queries: Queries, request: Request) -> list[Any]:
+        """Replace scores by exponentials, the highest of which is 1; returns their sums per query."""
         lanes = self.isa.lanes
-        highest, total = self.isa.register("float32"), self.isa.register("float32")
-        T.buffer_store(highest, self.scores[lead, self.every], [0])
-        with T.serial(length) as i:
-            T.buffer_store(highest, T.max(highest[0], self.scores[lead + i, self.every]), [0])
-        most = T.Bind(highest[0])
         factor = self.spec.scale * math.log2(math.e)
-        T.buffer_store(total, splat(0.0, lanes), [0])
-        with T.serial(length) as i:
-            difference = T.max(self.scores[lead + i, self.every] - most, splat(_LEAST_EXPONENT / factor, lanes))
-            p = T.Bind(exp2_of_product(difference, splat(factor, lanes), 1.0, lanes))
-            T.buffer_store(self.scores, p, [lead + i, self.every])
-            T.buffer_store(total, total[0] + p, [0])
-        return T.Bind(splat(1.0, lanes) / total[0])
+        most = [self._maximum(j, request) for j in range(len(queries.vectors))]
+        totals = self._zeros(len(most))
 
-    def _context(self, start: Any, keys: tuple[Any, Any], inverse: Any, store: Any) -> None:
-        """Multiply the probabilities by the values and hand on rows of the result."""
-        lead, length = keys
+        def rows_from(row: Any, count: int) -> None:
+            rows = [(j, row + n) for j in range(len(most)) for n in range(count)]
+            least = splat(_LEAST_EXPONENT / factor, lanes)
+            differences = [T.Bind(T.max(self.scores[j, r, self.every] - most[j], least)) for j, r in rows]
+            ps = exp2_of_products(differences, splat(factor, lanes), 1.0, lanes)
+            for (j, r), p in zip(rows, ps, strict=True):
+                T.buffer_store(self.scores, p, [j, r, self.every])
+                T.buffer_store(totals[j], totals[j][0] + p, [0])
+
+        with T.serial(request.length // _ROWS) as i:
+            rows_from(T.Bind(request.lead + i * _ROWS), _ROWS)
+        rest = T.Bind(request.length % _ROWS)
+        with T.serial(rest) as i:
+            rows_from(T.Bind(request.end - rest + i), 1)
+        return [T.Bind(total[0]) for total in totals]
+
+    def _maximum(self, query: int, request: Request) -> Any:
+        highest = self.isa.register("float32")
+        T.buffer_store(highest, self.scores[query, request.lead, self.every], [0])
+        with T.serial(request.length) as i:
+            T.buffer_store(highest, T.max(highest[0], self.scores[query, request.lead + i, self.every]), [0])
+        return T.Bind(highest[0])
+
+    def _context(self, queries: Queries, request: Request, totals: list[Any]) -> None:
+        """Multiply the exponentials by the values and store rows of the result."""
+        isa = self.isa
+        v = self._channel("v", queries)
+        inverses = [T.Bind(splat(1.0, isa.lanes) / total) for total in totals]
+        stores = [self._store(vector, self._channel("q", queries), request) for vector in queries.vectors]
 
         def block(channel: Any, count: int) -> None:
-            sums = _zeros(count, self.isa)
-            with T.serial(length) as i:
-                key = T.Bind(start + i)
-                p = T.Bind(self.scores[lead + i, self.every])
-                for j, s in enumerate(sums):
-                    value = self.qkv[key // TILE, self.v + (channel + j), key % TILE]
-                    T.buffer_store(s, fma(p, splat(value, self.isa.lanes), s[0]), [0])
-            for j, s in enumerate(sums):
-                store(channel + j, s[0] * inverse)
+            sums = [self._zeros(len(totals)) for _ in range(count)]
+            with T.serial(request.length) as i:
+                key = T.Bind(request.start + i)
+                p = [T.Bind(self.scores[j, request.lead + i, self.every]) for j in range(len(totals))]
+                for n, of_channel in enumerate(sums):
+                    value = T.Bind(splat(self.qkv[key // TILE, v + (channel + n), key % TILE], isa.lanes))
+                    for s, of_query in zip(of_channel, p, strict=True):
+                        T.buffer_store(s, fma(of_query, value, s[0]), [0])
+            for n, of_channel in enumerate(sums):
+                for s, inverse, store in zip(of_channel, inverses, stores, strict=True):
+                    store(channel + n, s[0] * inverse)
 
-        whole, rest = divmod(self.spec.head_size, self.knobs.accumulators)
+        count = self.knobs.accumulators // self.knobs.queries
+        whole, rest = divmod(self.spec.head_size, count)
         with T.serial(whole) as i:
-            block(i * self.knobs.accumulators, self.knobs.accumulators)
+            block(i * count, count)
         if rest:
-            block(whole * self.knobs.accumulators, rest)
+            block(whole * count, rest)
 
-    def _store(self, is_first: Any, start: Any, length: Any) -> Any:
+    def _store(self, vector: tuple[Any, Any], first_channel: Any, request: Request) -> Any:
         """Store a channel of the head: 0 past the request's end; lanes before a later request keep what they have."""
+        tile, part = vector
         lanes = self.isa.lanes
-        at = lanes_of(self.part, self.isa)
-        token = self.tile * TILE + self.part * lanes
-        others = T.Bind(lanes_before(token, start, self.isa))
-        own = T.Bind(lanes_before(token, start + length, self.isa))
+        at = lanes_of(part, self.isa)
+        token = tile * TILE + part * lanes
+        others = T.Bind(lanes_before(token, request.start, self.isa))
+        own = T.Bind(lanes_before(token, request.start + request.length, self.isa))
+        is_first = T.Bind(request.is_first_of(tile))
 
         def store(channel: Any, value: Any) -> None:
-            where = [self.tile, self.q + channel, at]
+            where = [tile, first_channel + channel, at]
             value = T.Bind(T.reinterpret(f"int32x{lanes}", value) & own)
             with T.If(is_first):
                 with T.Then():
@@ -144,9 +163,8 @@ class _Queries:
 
         return store
 
-
-def _zeros(count: int, isa: Isa) -> list[Any]:
-    registers = [isa.register("float32") for _ in range(count)]
-    for register in registers:
-        T.buffer_store(register, splat(0.0, isa.lanes), [0])
-    return registers
+    def _zeros(self, count: int) -> list[Any]:
+        registers = [self.isa.register("float32") for _ in range(count)]
+        for register in registers:
+            T.buffer_store(register, splat(0.0, self.isa.lanes), [0])
+        return registers

@@ -17,14 +17,21 @@ from tvm.script.ir_builder import tirx as T
 from whet.schedules.elementwise import QUAD, lanes_of, quantize_rows, words
 from whet.schedules.gemm import named, parameter
 from whet.schedules.isa import TILE, Isa, pack4, round_int, splat, view
-from whet.schedules.segments import blend, entries_of_tiles, for_each_segment, lanes_before
-from whet.schedules.vector_math import exp2_of_product
+from whet.schedules.segments import Queries, Request, blend, for_each_request, lanes_before
+from whet.schedules.vector_math import exp2_of_products
 
 if TYPE_CHECKING:
     from whet.schedules.attention import AttentionKnobs, AttentionSpec
 
 _EXP_DEGREE = 3
 """Good for 1e-4 of a probability, which is then rounded to 1/255."""
+
+_FLOAT_ZERO = 0x4B400000
+"""The bits of 1.5·2²³. An integer s added to them makes the bits of 1.5·2²³ + s, so scores that start here are floats
+without a conversion, as long as |s| < 2²²."""
+
+MAX_HEAD_SIZE = 256
+"""Largest head whose scores, at most 128 · 127 a channel, stay below 2²²."""
 
 
 def attention_i8(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs) -> tirx.PrimFunc:
@@ -43,171 +50,185 @@ def attention_i8(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs) -> tirx.P
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                q, k, out = words(q), words(k), words(out)
                 v = named("values", view(v, (tiles, channels, TILE // QUAD), "int32"))
-                entries = entries_of_tiles(segments, tiles)
-                vectors = tiles * isa.parts
-                with T.parallel(spec.heads * vectors) as task:
-                    head = named("head", T.Bind(task // vectors))
-                    tile = named("tile", T.Bind(task % vectors // isa.parts))
-                    part = named("part", T.Bind(task % isa.parts))
-                    queries = _Queries(spec, isa, knobs, (q, k, v, params, out), (head, tile, part))
-                    for_each_segment(entries, segments, tile, queries.attend)
+                kernel = _Kernel(spec, isa, knobs, (words(q), words(k), v, params, words(out)))
+                for_each_request(isa, spec.heads, knobs.queries, segments, tiles, kernel.allocate, kernel.attend)
         return builder.get()
 
 
-class _Queries:
-    """The attention of one vector of queries and one head: a unit of parallel work."""
+class _Kernel:
+    """The attention of a few vectors of queries of one head to the keys of one request."""
 
-    def __init__(
-        self, spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, buffers: tuple[Any, ...], place: tuple[Any, ...]
-    ) -> None:
-        self.size = spec.head_size
+    def __init__(self, spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, buffers: tuple[Any, ...]) -> None:
+        self.size, self.max_length = spec.head_size, spec.max_length
         self.isa, self.knobs = isa, knobs
         self.q, self.k, self.v, self.params, self.out = buffers
-        self.head, self.tile, self.part = place
-        rows = -(-(spec.max_length + TILE - 1) // TILE) * TILE
-        self.scores = named("scores", T.alloc_buffer((rows, isa.lanes), "int32"))
+        self.every = T.ramp(0, 1, isa.lanes)
+
+    def allocate(self) -> None:
+        """Allocate what one unit of parallel work needs."""
+        rows = -(-(self.max_length + TILE - 1) // TILE) * TILE
+        self.scores = named("scores", T.alloc_buffer((self.knobs.queries, rows, self.isa.lanes), "int32"))
         self.offsets = named("offsets", T.alloc_buffer((rows,), "int32"))
 
-    def attend(self, is_first: Any, start: Any, length: Any) -> None:
-        """Attend to the keys of one request; ``is_first`` if it is the first that the tile overlaps."""
-        first = named("first_key_tile", T.Bind(start // TILE))
-        tiles = named("key_tiles", T.Bind((start + length + (TILE - 1)) // TILE - first))
-        lead = named("lead", T.Bind(start - first * TILE))  # keys of the first tile that are another request's
-        self._offsets(first, tiles)
-        self._scores(first, tiles)
-        total = self._probabilities(lead, length)
-        self._context(first, (lead, length), total, self._store(is_first, start))
+    def attend(self, queries: Queries, request: Request) -> None:
+        """Emit everything; scores and probabilities are counted from the first key of the request's first tile."""
+        self._offsets(queries, request)
+        self._scores(queries, request)
+        totals = self._probabilities(queries, request)
+        self._context(queries, request, totals)
 
-    def _offsets(self, first: Any, tiles: Any) -> None:
-        """What the zero point 128 of the queries adds to each key's scores, negated."""
+    def _offsets(self, queries: Queries, request: Request) -> None:
+        """What each key's scores start from: minus what the queries' zero point 128 adds to them."""
         isa, quads = self.isa, self.size // QUAD
-        x = splat(int.from_bytes(bytes([128] * 4), "little", signed=True), isa.lanes, "int32")
-        with T.serial(tiles) as t, T.serial(isa.parts) as part:
-            at = lanes_of(part, isa)
-            total = isa.register("int32")
-            T.buffer_store(total, splat(0, isa.lanes, "int32"), [0])
-            with T.serial(quads) as c:
-                T.buffer_store(total, isa.dot4(total[0], x, self.k[first + t, self.head * quads + c, at]), [0])
-            negated = splat(0, isa.lanes, "int32") - total[0]
-            T.buffer_store(self.offsets, negated, [T.ramp(t * TILE + part * isa.lanes, 1, isa.lanes)])
+        x = splat(int.from_bytes(bytes([128] * QUAD), "little", signed=True), isa.lanes, "int32")
+        with T.serial(request.tiles) as t, T.serial(isa.parts) as part:
+            sums = self._registers(min(QUAD, quads), 0)
+            for c in range(quads):
+                s = sums[c % len(sums)]
+                key = self.k[request.first + t, queries.head * quads + c, lanes_of(part, isa)]
+                T.buffer_store(s, isa.dot4(s[0], x, key), [0])
+            total = sum((s[0] for s in sums[1:]), sums[0][0])
+            start = splat(_FLOAT_ZERO, isa.lanes, "int32") - total
+            T.buffer_store(self.offsets, start, [T.ramp(t * TILE + part * isa.lanes, 1, isa.lanes)])
 
-    def _scores(self, first: Any, tiles: Any) -> None:
-        """Rows of scores, counted from the first key of the first tile."""
-        isa, quads, count = self.isa, self.size // QUAD, self.knobs.accumulators
-        at = lanes_of(self.part, isa)
-        with T.serial(tiles) as t, T.serial(TILE // count) as block:
+    def _scores(self, queries: Queries, request: Request) -> None:
+        isa, quads = self.isa, self.size // QUAD
+        count = self.knobs.accumulators // self.knobs.queries
+        with T.serial(request.tiles) as t, T.serial(TILE // count) as block:
             row = named("row", T.Bind(t * TILE + block * count))
-            sums = [isa.register("int32") for _ in range(count)]
-            for i, s in enumerate(sums):
-                T.buffer_store(s, splat(self.offsets[row + i], isa.lanes), [0])
+            sums = [[isa.register("int32") for _ in queries.vectors] for _ in range(count)]
+            for i, of_key in enumerate(sums):
+                for s in of_key:
+                    T.buffer_store(s, splat(self.offsets[row + i], isa.lanes), [0])
             with T.serial(quads) as c:
-                quad = self.head * quads + c
-                x = T.Bind(self.q[self.tile, quad, at])
-                for i, s in enumerate(sums):
-                    key = splat(self.k[first + t, quad, block * count + i], isa.lanes)
-                    T.buffer_store(s, isa.dot4(s[0], x, key), [0])
-            for i, s in enumerate(sums):
-                T.buffer_store(self.scores, s[0], [row + i, T.ramp(0, 1, isa.lanes)])
+                quad = queries.head * quads + c
+                x = [T.Bind(self.q[tile, quad, lanes_of(part, isa)]) for tile, part in queries.vectors]
+                for i, of_key in enumerate(sums):
+                    key = T.Bind(splat(self.k[request.first + t, quad, block * count + i], isa.lanes))
+                    for s, of_query in zip(of_key, x, strict=True):
+                        T.buffer_store(s, isa.dot4(s[0], of_query, key), [0])
+            for i, of_key in enumerate(sums):
+                for j, s in enumerate(of_key):
+                    T.buffer_store(self.scores, s[0], [j, row + i, self.every])
 
-    def _probabilities(self, lead: Any, length: Any) -> Any:
-        """Replace scores by probabilities, four keys to a row; returns their sum per query.
+    def _probabilities(self, queries: Queries, request: Request) -> list[Any]:
+        """Replace scores by probabilities, four keys to a row; returns their sums per query.
 
         Row i of the probabilities lies where row i of the scores was, which has been read by then.
         """
         isa, lanes = self.isa, self.isa.lanes
-        every = T.ramp(0, 1, lanes)
-        most = self._maximum(lead, length)
         scale = T.Bind(splat(self.params[0], lanes) * splat(math.log2(math.e), lanes))
-        total = isa.register("int32")
-        T.buffer_store(total, splat(0, lanes, "int32"), [0])
-        first = named("first_quad", T.Bind(lead // QUAD))
-        # Keys of other requests in the first and last quad: anything that does not spill out of its byte; masked below.
-        with T.serial(lead - first * QUAD) as i:
-            T.buffer_store(self.scores, most, [first * QUAD + i, every])
-        with T.serial(-(lead + length) % QUAD) as i:
-            T.buffer_store(self.scores, most, [lead + length + i, every])
-        with T.serial((lead + length + (QUAD - 1)) // QUAD - first) as i:
+        first, quads = request.blocks(QUAD)
+        most = [self._maximum(j, request) for j in range(len(queries.vectors))]
+        # Keys of other requests in the first and last quad count as 255 first, and are taken out below.
+        for j, m in enumerate(most):
+            bits = T.reinterpret(f"int32x{lanes}", m)
+            with T.serial(request.lead - first * QUAD) as i:
+                T.buffer_store(self.scores, bits, [j, first * QUAD + i, self.every])
+            with T.serial((first + quads) * QUAD - request.end) as i:
+                T.buffer_store(self.scores, bits, [j, request.end + i, self.every])
+        totals = self._registers(len(most), 0)
+        with T.serial(quads) as i:
             quad = named("quad", T.Bind(first + i))
-            rows = []
-            for j in range(QUAD):
-                difference = T.cast(self.scores[quad * QUAD + j, every] - most, f"float32x{lanes}")
-                p = exp2_of_product(difference, scale, 255.0, lanes, _EXP_DEGREE)
-                rows.append(T.Bind(round_int(p, lanes)))
-            packed = T.Bind(pack4(rows, lanes) & splat(_inside(lead - quad * QUAD, lead + length - quad * QUAD), lanes))
-            T.buffer_store(self.scores, packed, [quad, every])
-            ones = splat(0x01010101, lanes, "int32")
-            T.buffer_store(total, isa.dot4(total[0], packed, ones), [0])
-        return T.Bind(total[0])
+            rows = [(j, quad * QUAD + n) for j in range(len(most)) for n in range(QUAD)]
+            differences = [T.Bind(self._score(j, row) - most[j]) for j, row in rows]
+            p = exp2_of_products(differences, scale, 255.0, lanes, _EXP_DEGREE)
+            rounded = [T.Bind(round_int(x, lanes)) for x in p]
+            for j, total in enumerate(totals):
+                packed = T.Bind(pack4(rounded[j * QUAD : (j + 1) * QUAD], lanes))
+                T.buffer_store(self.scores, packed, [j, quad, self.every])
+                T.buffer_store(total, isa.dot4(total[0], packed, splat(0x01010101, lanes, "int32")), [0])
+        last = T.Bind(first + quads - 1)
+        masks = [(first, _bytes_from(request.lead - first * QUAD)), (last, _bytes_below(request.end - last * QUAD))]
+        for j in range(len(most)):
+            for quad, mask in masks:
+                T.buffer_store(
+                    self.scores, self.scores[j, quad, self.every] & splat(mask, lanes), [j, quad, self.every]
+                )
+        excess = T.Bind((quads * QUAD - request.length) * 255)
+        return [T.Bind(total[0] - splat(excess, lanes)) for total in totals]
 
-    def _maximum(self, lead: Any, length: Any) -> Any:
-        lanes = self.isa.lanes
-        every = T.ramp(0, 1, lanes)
-        chains = [self.isa.register("int32") for _ in range(QUAD)]
+    def _score(self, query: int, row: Any) -> Any:
+        return T.reinterpret(f"float32x{self.isa.lanes}", self.scores[query, row, self.every])
+
+    def _maximum(self, query: int, request: Request) -> Any:
+        chains = [self.isa.register("float32") for _ in range(QUAD)]
         for m in chains:
-            T.buffer_store(m, self.scores[lead, every], [0])
-        with T.serial(length // QUAD) as i:
+            T.buffer_store(m, self._score(query, request.lead), [0])
+        with T.serial(request.length // QUAD) as i:
             for j, m in enumerate(chains):
-                T.buffer_store(m, T.max(m[0], self.scores[lead + i * QUAD + j, every]), [0])
-        with T.serial(length % QUAD) as i:
-            row = lead + length // QUAD * QUAD + i
-            T.buffer_store(chains[0], T.max(chains[0][0], self.scores[row, every]), [0])
+                T.buffer_store(m, T.max(m[0], self._score(query, request.lead + i * QUAD + j)), [0])
+        with T.serial(request.length % QUAD) as i:
+            T.buffer_store(chains[0], T.max(chains[0][0], self._score(query, request.end - 1 - i)), [0])
         a, b, c, d = (m[0] for m in chains)
         return T.Bind(T.max(T.max(a, b), T.max(c, d)))
 
-    def _context(self, first: Any, keys: tuple[Any, Any], total: Any, store: Any) -> None:
-        """Multiply the probabilities by the values and hand on quads of the result."""
+    def _context(self, queries: Queries, request: Request, totals: list[Any]) -> None:
+        """Multiply the probabilities by the values and store quads of the result."""
         isa, lanes = self.isa, self.isa.lanes
-        lead, length = keys
-        inverse = T.Bind(splat(self.params[1], lanes) / T.cast(total, f"float32x{lanes}"))
+        one = splat(self.params[1], lanes)
+        inverses = [T.Bind(one / T.cast(total, f"float32x{lanes}")) for total in totals]
         zero = T.Bind(splat(self.params[2], lanes))
-        first_quad = T.Bind(lead // QUAD)
-        quads = T.Bind((lead + length + (QUAD - 1)) // QUAD - first_quad)
+        first, quads = request.blocks(QUAD)
+        stores = [self._store(vector, request) for vector in queries.vectors]
 
         def block(channel: Any, count: int) -> None:
-            sums = [isa.register("int32") for _ in range(count)]
-            for s in sums:
-                T.buffer_store(s, splat(0, lanes, "int32"), [0])
+            sums = [self._registers(len(inverses), 0) for _ in range(count)]
             with T.serial(quads) as i:
-                quad = T.Bind(first_quad + i)
-                p = T.Bind(self.scores[quad, T.ramp(0, 1, lanes)])
-                for j, s in enumerate(sums):
-                    value = self.v[first + quad // QUAD, channel + j, quad % QUAD]
-                    T.buffer_store(s, isa.dot4(s[0], p, splat(value, lanes)), [0])
-            for j in range(0, count, QUAD):
-                rows = [T.cast(s[0], f"float32x{lanes}") for s in sums[j : j + QUAD]]
-                store(channel // QUAD + j // QUAD, quantize_rows(rows, inverse, zero, isa))
+                quad = T.Bind(first + i)
+                p = [T.Bind(self.scores[j, quad, self.every]) for j in range(len(inverses))]
+                for n, of_channel in enumerate(sums):
+                    value = self.v[request.first + quad // QUAD, channel + n, quad % QUAD]
+                    value = T.Bind(splat(value, lanes))
+                    for s, of_query in zip(of_channel, p, strict=True):
+                        T.buffer_store(s, isa.dot4(s[0], of_query, value), [0])
+            for j, (inverse, store) in enumerate(zip(inverses, stores, strict=True)):
+                for n in range(0, count, QUAD):
+                    rows = [T.cast(s[j][0], f"float32x{lanes}") for s in sums[n : n + QUAD]]
+                    store((channel + n) // QUAD, quantize_rows(rows, inverse, zero, isa))
 
-        begin = T.Bind(self.head * self.size)
-        whole, rest = divmod(self.size, self.knobs.accumulators)
+        count = self.knobs.accumulators // self.knobs.queries
+        begin = T.Bind(queries.head * self.size)
+        whole, rest = divmod(self.size, count)
         with T.serial(whole) as i:
-            block(begin + i * self.knobs.accumulators, self.knobs.accumulators)
+            block(begin + i * count, count)
         if rest:
-            block(begin + whole * self.knobs.accumulators, rest)
+            block(begin + whole * count, rest)
 
-    def _store(self, is_first: Any, start: Any) -> Any:
+    def _store(self, vector: tuple[Any, Any], request: Request) -> Any:
         """Store quads: of all lanes, but those before a request that is not the tile's first keep what they have.
 
         Requests come in ascending order, so what is written past a request's end is overwritten.
         """
-        at = lanes_of(self.part, self.isa)
-        others = T.Bind(lanes_before(self.tile * TILE + self.part * self.isa.lanes, start, self.isa))
+        tile, part = vector
+        at = lanes_of(part, self.isa)
+        others = T.Bind(lanes_before(tile * TILE + part * self.isa.lanes, request.start, self.isa))
+        is_first = T.Bind(request.is_first_of(tile))
 
         def store(quad: Any, value: Any) -> None:
             value = T.Bind(value)
             with T.If(is_first):
                 with T.Then():
-                    T.buffer_store(self.out, value, [self.tile, quad, at])
+                    T.buffer_store(self.out, value, [tile, quad, at])
                 with T.Else():
-                    T.buffer_store(self.out, blend(others, self.out[self.tile, quad, at], value), [self.tile, quad, at])
+                    T.buffer_store(self.out, blend(others, self.out[tile, quad, at], value), [tile, quad, at])
 
         return store
 
+    def _registers(self, count: int, value: int) -> list[Any]:
+        registers = [self.isa.register("int32") for _ in range(count)]
+        for register in registers:
+            T.buffer_store(register, splat(value, self.isa.lanes, "int32"), [0])
+        return registers
 
-def _inside(low: Any, high: Any) -> Any:
-    """int32 whose byte i is all ones if low ≤ i < high, for low < 4 and high > 0."""
-    ones = T.uint32(0xFFFFFFFF)
-    from_low = T.shift_left(ones, T.cast(T.max(low, 0) * 8, "uint32"))
-    below_high = T.shift_right(ones, T.cast((QUAD - T.min(high, QUAD)) * 8, "uint32"))
-    return T.reinterpret("int32", from_low & below_high)
+
+def _bytes_from(low: Any) -> Any:
+    """int32 whose bytes from the low-th on are all ones, 0 ≤ low < 4."""
+    return T.shift_left(T.int32(-1), T.cast(low * 8, "int32"))
+
+
+def _bytes_below(high: Any) -> Any:
+    """int32 whose bytes below the high-th are all ones, 0 < high ≤ 4."""
+    ones = T.shift_right(T.uint32(0xFFFFFFFF), T.cast((QUAD - high) * 8, "uint32"))
+    return T.reinterpret("int32", ones)

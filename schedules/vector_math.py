@@ -11,7 +11,7 @@ Arguments are finite. An expression used twice is bound with ``let`` so that the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -84,19 +84,23 @@ def exp(x: Vector, lanes: int) -> Vector:
     return let(bounded, lambda x: let(_round(x * splat(_LOG2_E, lanes), lanes), lambda n: of_integer(x, n)))
 
 
-def exp2_of_product(x: Vector, y: Vector, factor: float, lanes: int, degree: int = 5) -> Vector:
-    """``factor · 2^(x·y)`` for −10⁶ ≤ x·y ≤ 0 and 1 ≤ factor; the product is not rounded. Errors as for ``exp2``.
+def exp2_of_products(xs: Sequence[Vector], y: Vector, factor: float, lanes: int, degree: int = 5) -> list[Vector]:
+    """``factor · 2^(x·y)`` of several x, for −10⁶ ≤ x·y ≤ 0 and factor ≥ 1; x·y is not rounded. Errors as for ``exp2``.
 
-    Adding 1.5·2²³ rounds to an integer in one instruction with the product.
+    Emits statements, one instruction for each x in turn: a chain takes longer than a CPU looks ahead. ``xs`` and ``y``
+    are variables. Adding 1.5·2²³ rounds to an integer in one instruction with the product.
     """
     magic = splat(_ROUNDING, lanes)
-    coefficients = tuple(factor * c for c in _EXP2[degree])
-
-    def of_integer(x: Vector, n: Vector) -> Vector:
-        mantissa = polynomial(fma(x, y, -n), coefficients, lanes)
-        return _scale(mantissa, n if lanes == 16 else T.max(n, splat(-126.0, lanes)), lanes)
-
-    return let(x, lambda x: let(fma(x, y, magic) - magic, lambda n: of_integer(x, n)))
+    constant, *others = (splat(factor * c, lanes) for c in _EXP2[degree])
+    ns = [T.Bind(fma(x, y, magic)) for x in xs]
+    ns = [T.Bind(n - magic) for n in ns]
+    rs = [T.Bind(fma(x, y, -n)) for x, n in zip(xs, ns, strict=True)]
+    ps = [others[-1]] * len(rs)
+    for c in [*others[-2::-1], constant]:
+        ps = [T.Bind(fma(p, r, c)) for p, r in zip(ps, rs, strict=True)]
+    if lanes == 8:
+        ns = [T.Bind(T.max(n, splat(-126.0, lanes))) for n in ns]
+    return [T.Bind(_scale(p, n, lanes)) for p, n in zip(ps, ns, strict=True)]
 
 
 def gelu(x: Vector, lanes: int) -> Vector:

@@ -119,7 +119,7 @@ def test_i8_instruction_sets_and_knobs_agree():
     rows = int8_data(np.random.default_rng(2), sum(MIXED), 2 * 28)
     arguments = (2, rows, oracles.segments_of(MIXED), [1.5e-5, 2, 120, 0])
     results = [run_i8(isa, *arguments) for isa in oracles.NAMES]
-    results += [run_i8("avx512_vnni", *arguments, AttentionKnobs(n)) for n in (4, 8)]
+    results += [run_i8("avx512_vnni", *arguments, AttentionKnobs(*n)) for n in ((1, 4), (1, 16), (2, 8), (4, 16))]
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
 

@@ -1,7 +1,7 @@
 """What a dense layer costs, estimated, to choose between dense and block-sparse kernels layer by layer.
 
 A kernel is modelled by what it issues: multiply-adds, loads of activations and weights, a start-up per pass over the
-reduction, and the epilogue's vectors. The constants were fitted (non-negative least squares on relative errors) to 150
+reduction, and the epilogue's vectors. The constants were fitted (non-negative least squares on relative errors) to 96
 timings per instruction set on an Emerald Rapids Xeon: layers of 768 × 768 and 384 × 1536, 16, 32 and 128 tokens, 10 %,
 20 % and 40 % of the blocks and dense, weights in the last-level cache. The model is within 15 % of most of them and
 within 40 % of all. A cycle is one in which that CPU starts two full-width VNNI multiply-adds; only ratios are meant

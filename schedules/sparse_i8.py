@@ -42,7 +42,7 @@ def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
 
 
 def padding(block_rows: int) -> int:
-    """Return what the blocks of a row group are a multiple of, so that a reduction splits into chains without a rest."""
+    """Return what a row group's blocks are a multiple of, so that the reduction splits into chains without a rest."""
     return 4 if block_rows == 1 else 2
 
 
@@ -53,7 +53,7 @@ def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarra
     mispredicted only where that number changes. ``order`` int32 says which group stands at each position; chunk c
     computes positions ``bounds[c]`` to ``bounds[c + 1]`` (int32), about the same number of blocks each. Blocks of row
     group r, counted in that order, are ``indptr[r]`` to ``indptr[r + 1]`` (int32), a multiple of ``padding``, the last
-    perhaps zeros; ``index`` (uint16, or int32 for very wide layers) is the quad and ``blocks`` s8 ``(…, block_rows, 4)``.
+    perhaps zeros; ``index`` (uint16, or int32 for very wide layers) is the quad, ``blocks`` s8 ``(…, block_rows, 4)``.
     """
     n, k = weight.shape
     rows, group = spec.block_rows, group_rows(spec.out_features, spec.block_rows)
@@ -131,9 +131,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 def ahead(j: Any) -> None:
                     prefetch(words, T.cast(begin + j, "int64") + PREFETCH_BYTES // (block_rows * QUAD), 0)
 
-                accumulate(
-                    isa, knobs, work, accumulators, end - begin, step, ahead, "int32", multiple=padding(block_rows)
-                )
+                accumulate(isa, knobs, work, accumulators, end - begin, step, ahead, "int32", padding(block_rows))
 
             by_length = Order(bound=lambda c: bounds[c], group=lambda position: order[position])
             loop_nest(isa, knobs, tiles, n, "int32", reduce, epilogue.emit, by_length, block_rows)

@@ -40,6 +40,8 @@ SETTLE_SECONDS = 0.005
 LEAST_RUNS = 10
 """Timed runs of each engine, however long they take."""
 WARM_UP_SECONDS = 0.3
+BUSY = 0.3
+"""Load per CPU from which the times are not Whet's alone."""
 SEQUENCES = (16, 32, 128)
 """Tokens per request, where the caller has no wishes: a query, a sentence, a paragraph."""
 
@@ -101,7 +103,10 @@ class BenchReport:
             spread = f"{t.p10_ms:.3f} – {t.p90_ms:.3f}"
             line = f"{head}  {t.engine:18} {t.median_ms:10.3f} {spread:>17}"
             lines.append(line + (f" {t.ratio:6.2f}× {t.cosine:7.4f}" if same else ""))
-        return "\n".join([*lines, *(f"missing: {m.name}: {m.reason}" for m in self.missing)])
+        lines += [f"missing: {m.name}: {m.reason}" for m in self.missing]
+        if self.load > BUSY * self.cpus:
+            lines.append("note: others keep this machine busy; the spread shows how much of that is in the medians")
+        return "\n".join(lines)
 
 
 def bench(
@@ -338,8 +343,8 @@ def _pinned(threads: int, work: Callable[[threading.Event], T]) -> T:
             errors.append(error)
 
     thread = threading.Thread(target=body, name=f"whet-bench-{threads}")
-    thread.start()
     try:
+        thread.start()
         thread.join()
     except KeyboardInterrupt:
         stop.set()

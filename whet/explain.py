@@ -67,12 +67,9 @@ def explain_model(
 
     Arguments and errors are those of ``whet.compile``; needs the compiler.
     """
-    from whet.compiler import import_model  # noqa: PLC0415 -- a module's own report needs no compiler
-    from whet.passes.choose_kernels import choose_kernels  # noqa: PLC0415
-    from whet.passes.fuse_qkv import fuse_qkv  # noqa: PLC0415
-    from whet.passes.pad_heads import pad_heads  # noqa: PLC0415
-    from whet.passes.prune_blocks import prune_blocks  # noqa: PLC0415
-    from whet.passes.quantise import QuantisationConfig, quantise  # noqa: PLC0415
+    from whet.compiler import MAX_TOKENS, import_model  # noqa: PLC0415 -- a module's own report needs no compiler
+    from whet.passes.pipeline import Options, run_pipeline  # noqa: PLC0415
+    from whet.passes.quantise import QuantisationConfig  # noqa: PLC0415
     from whet.schedules import isa as isas  # noqa: PLC0415
 
     progress = progress or Silent()
@@ -82,14 +79,18 @@ def explain_model(
     layers: list[Mapping[str, Any]] = []
     plain: list[str] = []
     if model.dialect:
-        with progress.phase("decide"):
-            module = pad_heads(fuse_qkv(model.module))
-            if sparsity:
-                module = prune_blocks(module, sparsity, block_rows)
-            plain = _plain(module)
-            # The choice depends on the weights alone, so one short request is calibration enough.
-            module = quantise(module, QuantisationConfig(method="minmax"), [np.zeros(4, np.int64)])
-            layers = [asdict(choice) for choice in choose_kernels(module, target)[1]]
+        options = Options(
+            isa=target,
+            max_length=model.max_length,
+            max_tokens=max(MAX_TOKENS, -(-model.max_length // 16) * 16),
+            quantisation=QuantisationConfig(method="minmax"),
+            sparsity=sparsity,
+            block_rows=block_rows,
+        )
+        # The decisions depend on the weights alone, so one short request is calibration enough.
+        request = [np.zeros(4, np.int64)]
+        layers = [asdict(choice) for choice in run_pipeline(model.module, options, request, request, progress).choices]
+        plain = _plain(model.module)
     precision = "int8" if layers else "fp32"
     return Explanation(
         str(source), model.name, model.task, precision, target.name, tuple(layers), tuple(plain), _notes(model)
@@ -110,10 +111,11 @@ def _notes(model: Model) -> tuple[str, ...]:
 def _plain(module: Any) -> list[str]:
     """Say which dense layers ``quantise`` will leave in float32, and why."""
     from whet.passes import dialect  # noqa: PLC0415
+    from whet.passes.fuse_qkv import fuse_qkv  # noqa: PLC0415
     from whet.passes.graph import Graph, is_call, is_per_token  # noqa: PLC0415
     from whet.passes.quantise import SMALL_HEAD  # noqa: PLC0415
 
-    graph = Graph(module)
+    graph = Graph(fuse_qkv(module))
     lines = []
     for binding in graph.bindings:
         if not is_call(binding.value, dialect.DENSE):

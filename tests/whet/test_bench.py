@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -46,6 +47,26 @@ def test_an_interrupt_ends_the_measurement():
     stop.set()
     with pytest.raises(KeyboardInterrupt):
         interleave({"a": lambda: None}, 60, stop)
+
+
+def test_an_interrupt_reaches_the_pinned_thread():
+    seen = []
+
+    def work(stop):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        seen.append(stop.wait(10))
+
+    with pytest.raises(KeyboardInterrupt):
+        module_under_test._pinned(1, work)
+    assert seen == [True]
+
+
+def test_errors_reach_the_caller():
+    def work(stop):
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        module_under_test._pinned(1, work)
 
 
 def test_every_case_is_timed(tiny_modules):

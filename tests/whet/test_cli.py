@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 
@@ -234,7 +233,7 @@ def test_inspect(run, tiny_modules):
     code, out, _ = run("inspect", tiny_modules["classifier"], "--json")
     found = json.loads(out)
     assert code == 0 and found["metadata"]["labels"] == ["x", "y", "z"]
-    assert found["size"] == os.path.getsize(tiny_modules["classifier"])
+    assert found["size"] == tiny_modules["classifier"].stat().st_size
     assert found["weights"] == {"float32": 3 * 4 * (50 + 64 + 2)}
     assert found["code"] + sum(found["weights"].values()) + found["tokenizer"] == found["size"]
     assert found["weights_verified"] is False

@@ -1,6 +1,8 @@
 import dataclasses
+from collections import Counter
 
 import numpy as np
+import onnx
 import pytest
 from whet.frontend.huggingface import from_folder
 from whet.passes.fuse_activations import fuse_activations
@@ -63,6 +65,29 @@ def test_fused_graphs_export_too(references, tmp_path):
     export_onnx(fused, tmp_path / "m.onnx")
     actual = run_padded(tmp_path / "m.onnx", fused, ids, types)
     np.testing.assert_allclose(actual, interpret(model.module, ids, types), atol=1e-4)
+
+
+@pytest.mark.parametrize(("folder", "gelu"), [("bert-embedding", "BiasGelu"), ("bert-hidden-states", "FastGelu")])
+def test_onnxruntime_fuses_what_it_fuses_in_torch_exports(folder, gelu, references, tmp_path):
+    """Else the comparison would be with a crippled peer."""
+    model = from_folder(references / folder)
+    export_onnx(model, tmp_path / "m.onnx")
+    quantization = pytest.importorskip("onnxruntime.quantization", reason="this onnxruntime can't quantise")
+    quantization.quantize_dynamic(tmp_path / "m.onnx", tmp_path / "q.onnx")
+    fp32, int8 = (optimised_ops(tmp_path / name) for name in ("m.onnx", "q.onnx"))
+    layers = 2
+    assert fp32[gelu] == layers and fp32["Erf"] == fp32["Tanh"] == 0
+    assert fp32["FusedMatMul"] == layers, "the scale of the scores belongs to the product"
+    assert int8["DynamicQuantizeMatMul"] + int8["MatMulIntegerToFloat"] == 6 * layers
+    assert int8["SkipLayerNormalization"] > 0 and int8["MatMulInteger"] == 0
+
+
+def optimised_ops(path):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(path.with_suffix(".optimised"))
+    ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
 
 
 def test_a_graph_that_was_not_recognised_is_refused(references, tmp_path):

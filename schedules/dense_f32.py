@@ -18,6 +18,7 @@ from whet.schedules.gemm import (
     accumulate,
     group_rows,
     loop_nest,
+    multiply_add,
     named,
     parameter,
     tile_offset,
@@ -66,13 +67,13 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 index = work.position * (group // rows) + work.index
 
                 def step(j: Any, count: int, registers: Accumulators) -> None:
-                    columns = range(work.tiles * isa.parts)
-                    xs = [T.Bind(vector_at(flat, base + j * TILE, c, k * TILE, isa)) for c in columns]
-                    for row in range(count):
-                        w = T.Bind(splat(weight[index, j, row], isa.lanes))
-                        for c in columns:
-                            register = registers[row][c]
-                            T.buffer_store(register, fma(w, xs[c], register[0]), [0])
+                    multiply_add(
+                        registers,
+                        count,
+                        lambda column: vector_at(flat, base + j * TILE, column, k * TILE, isa),
+                        lambda row: splat(weight[index, j, row], isa.lanes),
+                        lambda acc, x, w: fma(x, w, acc),
+                    )
 
                 def ahead(j: Any) -> None:
                     prefetch(weight, index, j + PREFETCH_BYTES // (rows * 4), 0)

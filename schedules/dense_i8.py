@@ -19,6 +19,7 @@ from whet.schedules.gemm import (
     accumulate,
     group_rows,
     loop_nest,
+    multiply_add,
     named,
     parameter,
     tile_offset,
@@ -61,13 +62,13 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 index = work.position * (group // rows) + work.index
 
                 def step(j: Any, count: int, registers: Accumulators) -> None:
-                    columns = range(work.tiles * isa.parts)
-                    xs = [T.Bind(vector_at(flat, base + j * TILE, c, quads * TILE, isa)) for c in columns]
-                    for row in range(count):
-                        w = T.Bind(splat(words[index, j, row], isa.lanes))
-                        for c in columns:
-                            register = registers[row][c]
-                            T.buffer_store(register, isa.dot4(register[0], xs[c], w), [0])
+                    multiply_add(
+                        registers,
+                        count,
+                        lambda column: vector_at(flat, base + j * TILE, column, quads * TILE, isa),
+                        lambda row: splat(words[index, j, row], isa.lanes),
+                        isa.dot4,
+                    )
 
                 def ahead(j: Any) -> None:
                     prefetch(words, index, j + PREFETCH_BYTES // (rows * QUAD), 0)

@@ -138,6 +138,21 @@ def accumulate(
                 T.buffer_store(register, register[0] + other[0], [0])
 
 
+def multiply_add(
+    registers: Accumulators,
+    count: int,
+    x: Callable[[int], Any],
+    weight: Callable[[int], Any],
+    product: Callable[[Any, Any, Any], Any],
+) -> None:
+    """Add one step of the reduction: ``x(column)`` vectors times the broadcast ``weight(row)`` of ``count`` rows."""
+    columns = [T.Bind(x(c)) for c in range(len(registers[0]))]
+    for row in range(count):
+        w = T.Bind(weight(row))
+        for register, column in zip(registers[row], columns, strict=True):
+            T.buffer_store(register, product(register[0], column, w), [0])
+
+
 def group_rows(out_features: int, rows: int) -> int:
     """Rows that the epilogue takes over together: whole passes, and whole quads where the layer has whole quads."""
     return rows if out_features % QUAD else math.lcm(rows, QUAD)

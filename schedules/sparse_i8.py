@@ -25,6 +25,7 @@ from whet.schedules.gemm import (
     chunk_count,
     group_rows,
     loop_nest,
+    multiply_add,
     named,
     parameter,
     tile_offset,
@@ -118,15 +119,15 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 end = named("block_end", T.Bind(indptr[row_group + 1]))
 
                 def step(j: Any, count: int, registers: Accumulators) -> None:
-                    columns = range(work.tiles * isa.parts)
                     at = named("block", T.Bind(T.cast(begin + j, "int64")))
                     quad = named("quad", T.Bind(T.cast(index[at], "int64")))
-                    xs = [T.Bind(vector_at(flat, base + quad * TILE, c, quads * TILE, isa)) for c in columns]
-                    for row in range(count):
-                        w = T.Bind(splat(words[at, part * rows + row], isa.lanes))
-                        for c in columns:
-                            register = registers[row][c]
-                            T.buffer_store(register, isa.dot4(register[0], xs[c], w), [0])
+                    multiply_add(
+                        registers,
+                        count,
+                        lambda column: vector_at(flat, base + quad * TILE, column, quads * TILE, isa),
+                        lambda row: splat(words[at, part * rows + row], isa.lanes),
+                        isa.dot4,
+                    )
 
                 def ahead(j: Any) -> None:
                     prefetch(words, T.cast(begin + j, "int64") + PREFETCH_BYTES // (block_rows * QUAD), 0)

@@ -331,7 +331,7 @@ def _cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 def _pinned(threads: int, work: Callable[[threading.Event], T]) -> T:
     """Run ``work`` on a new thread that may use ``threads`` CPUs, and so may every thread it starts."""
-    stop = threading.Event()
+    stop, done = threading.Event(), threading.Event()
     result: list[T] = []
     errors: list[BaseException] = []
 
@@ -341,15 +341,19 @@ def _pinned(threads: int, work: Callable[[threading.Event], T]) -> T:
             result.append(work(stop))
         except BaseException as error:
             errors.append(error)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=body, name=f"whet-bench-{threads}")
     try:
         thread.start()
-        thread.join()
+        done.wait()  # a join that is interrupted takes the thread for ended
     except KeyboardInterrupt:
         stop.set()
-        thread.join()
+        done.wait()
         raise
+    finally:
+        thread.join()
     if errors:
         raise errors[0]
     return result[0]

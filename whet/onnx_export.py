@@ -137,7 +137,7 @@ class _Writer:
 
 
 def _embed(w: _Writer, var: relax.Var, call: relax.Call, *, eps: float) -> str:
-    words, positions, types = weight_of(w.graph, call.args[3]), w.array(call.args[4]), w.array(call.args[5])
+    words, positions, types = (weight_of(w.graph, table) for table in call.args[3:6])
     x = w.node("Gather", w.constant(words, name="words"), "input_ids")
     if "token_type_ids" in w.inputs:
         x = w.node("Add", x, w.node("Gather", w.constant(types, name="token_types"), "token_type_ids"))

@@ -42,6 +42,8 @@ LEAST_RUNS = 10
 WARM_UP_SECONDS = 0.3
 BUSY = 0.3
 """Load per CPU from which the times are not Whet's alone."""
+SAME = 0.75
+"""Cosine that even coarse int8 keeps on random tokens."""
 SEQUENCES = (16, 32, 128)
 """Tokens per request, where the caller has no wishes: a query, a sentence, a paragraph."""
 
@@ -104,6 +106,10 @@ class BenchReport:
             line = f"{head}  {t.engine:18} {t.median_ms:10.3f} {spread:>17}"
             lines.append(line + (f" {t.ratio:6.2f}× {t.cosine:7.4f}" if same else ""))
         lines += [f"missing: {m.name}: {m.reason}" for m in self.missing]
+        if any(not t.cosine >= SAME for t in self.timings):
+            lines.append(
+                "note: a peer computes something else; is --model what the module was made of, without pruning?"
+            )
         if self.load > BUSY * self.cpus:
             lines.append("note: others keep this machine busy; the spread shows how much of that is in the medians")
         return "\n".join(lines)

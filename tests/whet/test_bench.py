@@ -78,6 +78,7 @@ def test_every_case_is_timed(tiny_modules):
         assert 0 < t.p10_ms <= t.median_ms <= t.p90_ms
     assert json.loads(report.to_json())["timings"][0]["batch"] == 1
     assert "whet fp32" in str(report) and report.cpu in str(report)
+    assert "computes something else" not in str(report)
 
 
 def test_peers_run_on_the_same_cpus_and_are_compared(tiny_modules, monkeypatch):
@@ -113,6 +114,7 @@ def test_peers_run_on_the_same_cpus_and_are_compared(tiny_modules, monkeypatch):
     assert math.isnan(by_engine["picky", 4].cosine)
     assert not math.isnan(honest_timing.cosine)
     assert json.loads(report.to_json())["timings"][2]["cosine"] is None
+    assert "note: a peer computes something else" in str(report)
     assert [m.name for m in report.missing] == ["absent", "failing", "picky"]
     assert "no such kernel" in str(report) and "1 × 8: ValueError: too long" in str(report)
 

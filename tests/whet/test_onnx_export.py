@@ -5,6 +5,7 @@ import numpy as np
 import onnx
 import pytest
 from whet.frontend.huggingface import from_folder
+from whet.frontend.onnx import from_onnx
 from whet.passes.fuse_activations import fuse_activations
 from whet.passes.fuse_qkv import fuse_qkv
 from whet.passes.fuse_residuals import fuse_residuals
@@ -65,6 +66,19 @@ def test_fused_graphs_export_too(references, tmp_path):
     export_onnx(fused, tmp_path / "m.onnx")
     actual = run_padded(tmp_path / "m.onnx", fused, ids, types)
     np.testing.assert_allclose(actual, interpret(model.module, ids, types), atol=1e-4)
+
+
+def test_integer_weights_become_the_floats_they_stand_for(references, tmp_path):
+    quantization = pytest.importorskip("onnxruntime.quantization", reason="this onnxruntime can't quantise")
+    export_onnx(from_folder(references / "bert-question"), tmp_path / "m.onnx")
+    quantization.quantize_dynamic(tmp_path / "m.onnx", tmp_path / "q.onnx")
+    model = from_onnx(tmp_path / "q.onnx")
+    assert "whet.quantized_weight" in model.module.script()
+    export_onnx(model, tmp_path / "back.onnx")
+    ids = [np.arange(3, 3 + n) for n in LENGTHS]
+    types = [np.zeros(n, int) for n in LENGTHS]
+    expected = interpret(model.module, ids, types)
+    np.testing.assert_allclose(run_padded(tmp_path / "back.onnx", model, ids, types), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("folder", "gelu"), [("bert-embedding", "BiasGelu"), ("bert-hidden-states", "FastGelu")])

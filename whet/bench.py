@@ -107,9 +107,7 @@ class BenchReport:
             lines.append(line + (f" {t.ratio:6.2f}× {t.cosine:7.4f}" if same else ""))
         lines += [f"missing: {m.name}: {m.reason}" for m in self.missing]
         if any(not t.cosine >= SAME for t in self.timings):
-            lines.append(
-                "note: a peer computes something else; is --model what the module was made of, without pruning?"
-            )
+            lines.append("note: a peer computes something else; was the module made of --model, unpruned?")
         if self.load > BUSY * self.cpus:
             lines.append("note: others keep this machine busy; the spread shows how much of that is in the medians")
         return "\n".join(lines)

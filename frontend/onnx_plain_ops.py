@@ -99,8 +99,11 @@ BINARY: dict[str, Callable[[relax.Expr, relax.Expr], relax.Expr]] = {
 def _binary(plain: Plain, node: Node, inputs: Inputs) -> relax.Expr:
     first, *rest = (plain.tensor(x) for x in inputs)
     for other in rest:
-        if node.op == "Pow" and other.ty.dtype != first.ty.dtype:
-            other = plain.emit(R.astype(other, first.ty.dtype))
+        if other.ty.dtype != first.ty.dtype:  # of Pow, or where quantised arithmetic became real
+            if node.op == "Pow" or "float" in str(first.ty.dtype):
+                other = plain.emit(R.astype(other, first.ty.dtype))
+            else:
+                first = plain.emit(R.astype(first, other.ty.dtype))
         integer = node.op == "Div" and "int" in str(first.ty.dtype)
         first = plain.emit((R.floor_divide if integer else BINARY[node.op])(first, other))
     return first

@@ -51,23 +51,38 @@ NEGLIGIBLE = -1000.0
 
 
 class Rules:
-    """The rules, with the probes they look at. ``notes`` collects what a user should know."""
+    """The rules, with the probes they look at."""
 
     def __init__(self, probes: Probes) -> None:
         self.probes = probes
-        self.notes: list[str] = []
+        self._notes: list[str] = []
+        self._dequantised: list[str] = []
         self._settled: dict[tuple[Node, int, int], tuple[Tokens, Node]] = {}
 
     def note(self, text: str) -> None:
         """Remember a sentence once."""
-        if text and text not in self.notes:
-            self.notes.append(text)
+        if text not in self._notes:
+            self._notes.append(text)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know, one sentence each; weights that could not stay integers share one."""
+        if not self._dequantised:
+            return self._notes
+        more = len(self._dequantised) - 1
+        return [*self._notes, self._dequantised[0] + (f" (so are those of {more} more)." if more else ".")]
+
+    def _weight(self, read: tuple[Matrix, str]) -> Matrix:
+        matrix, why = read
+        if why and why not in self._dequantised:
+            self._dequantised.append(why)
+        return matrix
 
     # ------------------------------------------------------------------------------------------------------- embeddings
 
     def lookup(self, table: Known, index: Known) -> Tokens | None:
         """Rows of a table ``(rows, channels)`` at token ids, positions or types. None: ``index`` is none of these."""
-        matrix, why = Matrix.table(table, table.name or "an embedding table")
+        matrix = self._weight(Matrix.table(table, table.name or "an embedding table"))
         batch, token = self.probes.batch, self.probes.token
         rank = max(v.ndim for v in index.values)
         axes = ((), group(batch), group(token))[3 - rank :] if rank in (1, 2) else None
@@ -97,7 +112,6 @@ class Rules:
             node = Rows(channels, False, token_type=matrix.rows(np.array([first])))
         else:
             return None
-        self.note(why)
         return self.tokens(node, axes)
 
     def tokens(self, node: Node, axes: tuple[Group, ...]) -> Tokens:
@@ -277,12 +291,21 @@ class Rules:
     def _rescale(self, x: Laid, by: Scales) -> Fact:
         if sorted(map(id, x.unit)) != sorted(map(id, by.scales)):
             raise NotAnEncoder(f"multiplies {describe(x)} by the scale of another value")
-        return self._mul_known(replace(x, unit=()), Known((by.factor,)))
+        return self._leave_unit(replace(x, unit=()), Known((by.factor,)))
+
+    def _leave_unit(self, x: Laid, factor: Known) -> Fact:
+        """``factor · x`` where the factor holds the scale of a weight: it goes there rather than into a curve."""
+        if all(np.allclose(v, 1, rtol=1e-6, atol=0) for v in factor.values):
+            return x  # a product of activations; what is left is float32 rounding
+        per_channel = x.along(factor, x.channels) if isinstance(x, Tokens) and factor.fixed else None
+        if isinstance(x, Tokens) and isinstance(x.node, Linear) and per_channel is not None:
+            return replace(x, node=fold(x.node, np.broadcast_to(per_channel[0].reshape(-1), x.node.channels), 0.0))
+        return self._mul_known(x, factor)
 
     def _mul_known(self, x: Fact, y: Known) -> Fact:
         if isinstance(x, Laid) and x.unit:
             unit = unit_of(x)
-            x, y = replace(x, unit=()), Known(tuple(v / unit for v in y.values))
+            return self._leave_unit(replace(x, unit=()), Known(tuple(v / unit for v in y.values)))
         value = y.scalar()
         if isinstance(x, Scores) and value is not None and not x.masked:
             return replace(x, scale=x.scale * value)
@@ -428,10 +451,9 @@ class Rules:
         x = self.settle(replace(x, unit=()) if isinstance(x, Tokens) else x)
         if x.axes[-1] != x.channels:
             raise NotAnEncoder(f"multiplies dimension {len(x.axes) - 1} of shape {x.shape(0)} by a weight")
-        matrix, why = Matrix.of(weight, weight.name or "a weight", transpose=not transposed)
+        matrix = self._weight(Matrix.of(weight, weight.name or "a weight", transpose=not transposed))
         if matrix.values.shape[1] != x.node.channels:
             raise NotAnEncoder(f"multiplies {x.node.channels} channels by a weight that takes {matrix.values.shape[1]}")
-        self.note(why)
         rows = matrix.values.shape[0]
         node = Linear(rows, x.node.per_request, x.node, matrix, np.zeros(rows), name=name)
         return replace(self.tokens(node, x.axes[:-1]), unit=unit)
@@ -640,8 +662,7 @@ class Rules:
                     factor = scale.values[0].reshape(1, 1)
                     integers = table.values.astype(np.int32) - zero
                     known = Known((integers * factor,), Integers(integers, factor))
-                    tables[kind], why = Matrix.table(known, f"the {kind} embedding table")
-                    self.note(why)
+                    tables[kind] = self._weight(Matrix.table(known, f"the {kind} embedding table"))
             return replace(x, node=Rows(x.node.channels, False, **tables))
         raise NotAnEncoder(f"dequantises {describe(x)}")
 

@@ -66,7 +66,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
         epilogue = Epilogue.declare(spec, isa, tiles)
         registers = _Registers(row_tiles, most)
 
-        def block(index: Any, first: Any, count: int, sums: Any) -> None:
+        def multiply(index: Any, first: Any, count: int, sums: Any) -> None:
             for r in range(row_tiles):
                 for t in range(count):
                     _amx("tilezero", registers.sum(r, t))
@@ -82,8 +82,6 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                     # access_ptr, because TVM shrinks a buffer to what it sees loaded unless its pointer escapes.
                     at = sums.access_ptr("w", offset=(t * rows + r * ROWS) * TILE)
                     _amx("tilestored64", registers.sum(r, t), at, T.int64(TILE * 4))
-            first_row = index * rows
-            epilogue.emit(Block(first_row, T.min(rows, n - first_row), first, count, sums))
 
         with T.sblock("root"):
             T.reads()
@@ -98,10 +96,12 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 with T.serial(T.min(per_task, passes - task * per_task)) as i, T.serial(blocks) as b:
                     index = named("pass", T.Bind(task * per_task + i))
                     first = named("first_tile", T.Bind(b * tiles // blocks))
-                    count = named("tile_count", T.Bind((b + 1) * tiles // blocks - first))
+                    count = named("tile_count", T.Bind(T.cast((b + 1) * tiles // blocks - first, "int32")))
                     for size in range(1, most + 1):
                         with T.If(count == size), T.Then():
-                            block(index, first, size, sums)
+                            multiply(index, first, size, sums)
+                    first_row = index * rows
+                    epilogue.emit(Block(first_row, T.min(rows, n - first_row), first, count, sums))
                 _amx("tilerelease")
     return builder.get()
 

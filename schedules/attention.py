@@ -59,8 +59,8 @@ class AttentionKnobs:
 
     @staticmethod
     def default(isa: Isa) -> AttentionKnobs:
-        """As many as leave registers for the operands."""
-        return AttentionKnobs(2, 16) if isa.registers == 32 else AttentionKnobs(1, 8)
+        """Half of the registers for the sums, the other half for operands."""
+        return AttentionKnobs(2, isa.registers // 2)
 
 
 def attention(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs | None = None) -> tirx.PrimFunc:

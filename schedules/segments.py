@@ -70,10 +70,10 @@ def for_each_request(
     prepare: Callable[[], None],
     body: Callable[[Queries, Request], None],
 ) -> None:
-    """Emit ``body`` for all vectors of all tiles, all heads, and each request with tokens there, in ascending order.
+    """Emit ``body`` for all vectors of all tiles, all heads, and each request with tokens there, the first request first.
 
-    ``count`` vectors are handed over together where a request covers all of them, else one by one. Each unit of parallel
-    work, which begins with ``prepare``, has its own vectors, so no two write the same memory.
+    ``count`` vectors are handed over together where a request covers all of them, else one by one. Each unit of
+    parallel work, which begins with ``prepare``, has its own vectors, so no two write the same memory.
     """
     entries = _entries_of_tiles(segments, tiles)
     units = named("units", T.Bind((tiles * isa.parts + (count - 1)) // count))

@@ -52,8 +52,13 @@ def check_i8(isa, heads, rows, segments, params, within=1):
     return difference
 
 
-@pytest.mark.parametrize("isa", oracles.NAMES)
-@pytest.mark.parametrize(("heads", "size"), [(2, 8), (3, 12), (2, 28), (3, 32), (2, 64), (1, 100)])
+SHAPES = [(2, 8), (3, 12), (2, 28), (3, 32), (2, 64), (1, 100), (1, 256)]
+
+
+@pytest.mark.parametrize(
+    ("isa", "heads", "size"),
+    [("avx512_vnni", *shape) for shape in SHAPES] + [("avx_vnni", 2, 28), ("avx2", 3, 12), ("avx2", 2, 64)],
+)
 def test_i8_mixed_lengths(isa, heads, size):
     rng = np.random.default_rng(size)
     rows = int8_data(rng, sum(MIXED), heads * size)
@@ -119,7 +124,7 @@ def test_i8_instruction_sets_and_knobs_agree():
     rows = int8_data(np.random.default_rng(2), sum(MIXED), 2 * 28)
     arguments = (2, rows, oracles.segments_of(MIXED), [1.5e-5, 2, 120, 0])
     results = [run_i8(isa, *arguments) for isa in oracles.NAMES]
-    results += [run_i8("avx512_vnni", *arguments, AttentionKnobs(*n)) for n in ((1, 4), (1, 16), (2, 8), (4, 16))]
+    results += [run_i8("avx512_vnni", *arguments, AttentionKnobs(*n)) for n in ((1, 4), (4, 16))]
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
 
@@ -149,8 +154,9 @@ def expected_f32(heads, rows, segments, scale):
     return out
 
 
-@pytest.mark.parametrize("isa", ["avx512_vnni", "avx2"])
-@pytest.mark.parametrize(("heads", "size"), [(2, 8), (1, 13), (3, 32), (2, 64)])
+@pytest.mark.parametrize(
+    ("isa", "heads", "size"), [("avx512_vnni", 2, 8), ("avx512_vnni", 1, 13), ("avx512_vnni", 2, 64), ("avx2", 3, 12)]
+)
 def test_f32_mixed_lengths(isa, heads, size):
     rows = np.random.default_rng(size).normal(0, 1.5, (sum(MIXED), 3 * heads * size)).astype("float32")
     segments, scale = oracles.segments_of(MIXED, gaps=[2]), size**-0.5

@@ -70,7 +70,7 @@ def for_each_request(
     prepare: Callable[[], None],
     body: Callable[[Queries, Request], None],
 ) -> None:
-    """Emit ``body`` for all vectors of all tiles, all heads, and each request with tokens there, the first request first.
+    """Emit ``body`` for all vectors of all tiles, all heads, and each request with tokens there in turn.
 
     ``count`` vectors are handed over together where a request covers all of them, else one by one. Each unit of
     parallel work, which begins with ``prepare``, has its own vectors, so no two write the same memory.

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from whet.schedules import dense_amx, dense_f32, dense_i8, sparse_i8
 from whet.schedules.dense_spec import QUAD, DenseSpec
+from whet.schedules.gemm import Blocking
 from whet.schedules.isa import TILE, Isa
 
 
@@ -71,9 +73,9 @@ def estimate_cycles(spec: DenseSpec, tiles: int, density: float, isa: Isa) -> fl
 
 def _vector_kernel(spec: DenseSpec, tiles: int, density: float, isa: Isa) -> float:
     float_ = spec.weight == "f32"
-    family = {"f32": dense_f32, "i8": dense_i8, "i8_sparse": sparse_i8}[spec.weight]
+    family: Any = {"f32": dense_f32, "i8": dense_i8, "i8_sparse": sparse_i8}[spec.weight]
     cycles = (_FMA if float_ else {}).get(isa.name, _VECTOR[isa.name])
-    knobs = family.default_knobs(spec, isa)
+    knobs: Blocking = family.default_knobs(spec, isa)
     depth = spec.in_features if float_ else spec.in_features // QUAD
     kept = density if spec.weight == "i8_sparse" else 1.0
     blocks = math.ceil(tiles / knobs.tiles)

@@ -44,6 +44,7 @@ def dense(spec: DenseSpec, isa: Isa, knobs: Blocking | None = None) -> DenseKern
         expected = (spec.out_features, spec.in_features)
         if weight.shape != expected or weight.dtype != dtype:
             raise ValueError(f"weight is {weight.dtype} {weight.shape}; expected {dtype} {expected}")
-        return family.pack(weight, spec, knobs)
+        packed: list[np.ndarray] = family.pack(weight, spec, knobs)
+        return packed
 
     return DenseKernel(spec, isa, knobs, family.kernel(spec, isa, knobs), pack)

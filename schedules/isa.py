@@ -74,8 +74,8 @@ class Isa:
         w_odd = T.shift_right(T.reinterpret(half, w), eight)
         return acc + (madd(x_even, w_even) + madd(x_odd, w_odd))
 
-    def register(self, dtype: Literal["float32", "int32"]) -> Any:
-        """Allocate one vector variable, read and written as ``r[0]``, which LLVM keeps in a register.
+    def register(self, dtype: str) -> Any:
+        """Allocate one vector variable of float32 or int32, read and written as ``r[0]``, which LLVM keeps in a register.
 
         Scope "global" on purpose: TVM turns it into a stack slot, but scope "local" into a heap allocation.
         """

@@ -61,7 +61,7 @@ def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarra
     padded = np.zeros((math.ceil(n / rows) * rows, k), np.int8)
     padded[:n] = weight
     blocks = padded.reshape(-1, rows, k // QUAD, QUAD).transpose(0, 2, 1, 3)
-    present = blocks.any(axis=(2, 3))
+    present: np.ndarray = np.asarray(blocks.any(axis=(2, 3)))
 
     whole, per_group = n // group, group // rows
     counts = present.sum(1)

@@ -75,7 +75,7 @@ class Isa:
         return acc + (madd(x_even, w_even) + madd(x_odd, w_odd))
 
     def register(self, dtype: str) -> Any:
-        """Allocate one vector variable of float32 or int32, read and written as ``r[0]``, which LLVM keeps in a register.
+        """Allocate a vector variable of float32 or int32, read and written as ``r[0]``; LLVM keeps it in a register.
 
         Scope "global" on purpose: TVM turns it into a stack slot, but scope "local" into a heap allocation.
         """

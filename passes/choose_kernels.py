@@ -20,6 +20,8 @@ from . import dialect
 from .graph import Graph, attributes, is_call, rewrite
 
 BLOCK_ROWS = (1, 2, 4, 8, 16)
+CLEARLY = 0.9
+"""A sparse kernel must be estimated to take less than this share of the dense one's time: estimates are not exact."""
 TYPICAL_TILES = 4
 """The choice is made for requests of 64 tokens; it seldom depends on it."""
 
@@ -66,7 +68,7 @@ def _choose(layer: str, values: np.ndarray[Any, Any], isa: Isa) -> Choice:
             DenseSpec(rows, columns, "i8_sparse", block_rows=r), TYPICAL_TILES, density, isa
         )
     best = min(cycles, key=lambda name: cycles[name])
-    block_rows = 0 if best == "dense" else int(best.partition("x")[0])
+    block_rows = int(best.partition("x")[0]) if cycles[best] < CLEARLY * cycles["dense"] else 0
     density = densities.get(block_rows, 1.0)
     return Choice(layer, rows, columns, float((values == 0).mean()), block_rows, density, cycles)
 

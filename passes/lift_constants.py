@@ -37,7 +37,7 @@ class _Lifter(PyExprMutator):  # type: ignore[misc]
         self.variables: list[relax.Var] = []
         self.arrays: list[np.ndarray[Any, Any]] = []
 
-    def visit_constant_(self, op: GenericConst) -> relax.Expr:
+    def visit_generic_const_(self, op: GenericConst) -> relax.Expr:
         array = op.value.numpy()
         if array.nbytes < SMALL:
             return op

@@ -120,7 +120,7 @@ class _Lowering:
         table = self.graph.producer(call.args[3])
         integer = is_call(table, dialect.QUANTIZED_WEIGHT)
         word = [self.graph.constant(a) for a in (table.args if integer else [table])]
-        position, token_type, gamma, beta = (self.graph.constant(a) for a in call.args[4:8])
+        position, token_type, gamma, beta = (weight_of(self.graph, a) for a in call.args[4:8])
         demand = self.demands[var]
         spec = EmbedSpec(
             vocab=word[0].shape[0],

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tvm import IRModule
 from whet.schedules.isa import Isa
+
+from whet.progress import Progress
 
 from .choose_kernels import Choice, choose_kernels
 from .fuse_activations import fuse_activations
@@ -20,13 +21,6 @@ from .lower import Lowered, lower
 from .pad_heads import pad_heads
 from .prune_blocks import prune_blocks
 from .quantise import QuantisationConfig, quantise
-
-
-class Progress(Protocol):
-    """Told of every phase as it runs; the default tells nobody."""
-
-    def phase(self, name: str, total: int | None = None) -> AbstractContextManager[Callable[[int], None]]:
-        """Enter a phase; the value it gives takes the count done so far, up to ``total``."""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ def quantise(
 ) -> IRModule:
     """Calibrate on ``requests`` (1-D arrays of token ids) and rewrite as the module docstring says."""
     graph = Graph(module)
-    layers = {b.var: b.value for b in graph.bindings if _becomes_integer(graph, b.var, b.value)}
+    layers = {
+        b.var: b.value for b in graph.bindings if is_call(b.value, dialect.DENSE) and why_float(graph, b.value) is None
+    }
     attentions = {b.var: b.value for b in graph.bindings if _attention_becomes_integer(graph, layers, b.var, b.value)}
     dynamic = {var for var, call in layers.items() if config.activations == "per_token" and _normalised(graph, call)}
 
@@ -94,11 +96,16 @@ def quantise(
     return rewrite(module, visit)
 
 
-def _becomes_integer(graph: Graph, var: relax.Var, call: relax.Expr) -> bool:
-    if not is_call(call, dialect.DENSE) or not is_per_token(graph, call.args[0]):
-        return False
-    rows, columns = dialect.shape_of(call.args[1])
-    return columns % 4 == 0 and rows >= SMALL_HEAD
+def why_float(graph: Graph, dense: relax.Call) -> str | None:
+    """Why a dense layer stays float32; None if it becomes integer."""
+    rows, columns = dialect.shape_of(dense.args[1])
+    if not is_per_token(graph, dense.args[0]):
+        return "it runs once per request, not per token"
+    if columns % 4:
+        return f"integer kernels take input channels four at a time, and it has {columns}"
+    if rows < SMALL_HEAD:
+        return f"with fewer than {SMALL_HEAD} output channels it costs little, and accuracy much"
+    return None
 
 
 def _attention_becomes_integer(graph: Graph, layers: dict[Any, Any], var: relax.Var, call: relax.Expr) -> bool:

@@ -351,7 +351,9 @@ def _pinned(threads: int, work: Callable[[threading.Event], T]) -> T:
     thread = threading.Thread(target=body, name=f"whet-bench-{threads}")
     try:
         thread.start()
-        done.wait()  # a join that is interrupted takes the thread for ended
+        # Not join: interrupted, it takes the thread for ended. In steps: a signal just before a wait does not end it.
+        while not done.wait(0.1):
+            pass
     except KeyboardInterrupt:
         stop.set()
         done.wait()

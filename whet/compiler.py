@@ -18,12 +18,14 @@ import tvm
 from tokenizers import Tokenizer
 from tvm import relax
 
+from whet.explain import describe_layer
 from whet.frontend.model import Model, Task
 from whet.link import find_compiler, write_module
 from whet.passes.choose_kernels import Choice
 from whet.passes.dialect import Pooling, shape_of
-from whet.passes.pipeline import Options, Progress, run_pipeline
+from whet.passes.pipeline import Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
+from whet.progress import Progress, Silent
 from whet.runtime.metadata import Metadata, Output
 from whet.schedules.isa import ISAS, Isa, host_isa
 from whet.schedules.isa import isa as isa_by_name
@@ -62,20 +64,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.output}: {self.name}, {self.task}, {self.precision} for {self.isa}, {self.size / 1e6:.1f} MB"]
-        lines += explain_layers(self.layers)
+        lines += [describe_layer(asdict(layer)) for layer in self.layers]
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
-
-
-def explain_layers(layers: Sequence[Choice]) -> list[str]:
-    """One line per integer dense layer: its zeros, the kernel chosen, and how the candidates were judged."""
-    lines = []
-    for layer in layers:
-        kernel = f"{layer.block_rows}x4 sparse" if layer.block_rows else "dense"
-        chosen = f"{layer.block_rows}x4" if layer.block_rows else "dense"
-        others = ", ".join(f"{n} {c / layer.cycles[chosen]:.2f}×" for n, c in layer.cycles.items() if n != chosen)
-        shape = f"{layer.out_features} × {layer.in_features}"
-        lines.append(f"  {layer.layer:32} {shape:>12} {layer.zeros:6.1%} zeros → {kernel:12} ({others})")
-    return lines
 
 
 def compile(
@@ -104,9 +94,9 @@ def compile(
         calibration: texts, or pairs of texts, like the ones the model will see; default: texts that ship with Whet.
         quantisation: how activations become integers (int8 only).
         isa: ``"host"`` or a name in ``whet.schedules.isa.ISAS``.
-        task: overrides what the source says (ONNX says little).
+        task: what an ONNX file is for, where its outputs do not say.
         pooling: makes an embedding model of a source that has no head.
-        tokenizer: for in-memory models and ONNX files: a tokenizer object or a folder with ``tokenizer.json``.
+        tokenizer: for an in-memory model its tokenizer, for an ONNX file the folder with ``tokenizer.json``.
         sparsity: share of blocks to prune by magnitude before quantisation, for experiments with speed.
         block_rows: height R of the R × 4 blocks of ``sparsity``.
         max_length: shorter limit for a request than the model's, in tokens.
@@ -184,10 +174,11 @@ def import_model(
     pooling: Pooling | None = None,
     tokenizer: Any = None,
 ) -> Model:
-    """Import ``source`` with the frontend that knows its kind."""
+    """Import ``source`` with the frontend that knows its kind; an option that it has no use for is an error."""
     if not isinstance(source, str | PathLike):
         from whet.frontend.huggingface import from_transformers  # noqa: PLC0415 - one frontend is needed, not all
 
+        _refuse("an in-memory model", task=task)
         return from_transformers(source, tokenizer, pooling=pooling)
     path = Path(source)
     if not path.exists():
@@ -195,12 +186,20 @@ def import_model(
     if path.is_dir():
         from whet.frontend.huggingface import from_folder  # noqa: PLC0415
 
+        _refuse("a Hugging Face folder", task=task, tokenizer=tokenizer)
         return from_folder(path, pooling=pooling)
     if path.suffix == ".onnx":
         from whet.frontend.onnx import from_onnx  # noqa: PLC0415
 
-        return from_onnx(path, tokenizer=tokenizer, task=task)
+        return from_onnx(path, tokenizer=tokenizer, task=task, pooling=pooling)
     raise ValueError(f"{path} is neither a folder nor an .onnx file; expected a Hugging Face folder or an ONNX file")
+
+
+def _refuse(kind: str, **options: object) -> None:
+    """Options that ``kind`` answers itself."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} is {value!r}, but {kind} brings its own; leave it out")
 
 
 def default_calibration() -> list[str]:
@@ -264,7 +263,7 @@ def _metadata(
         inputs=model.inputs,
         vocab_size=model.vocab_size,
         max_length=limit,
-        type_vocab_size=model.type_vocab_size,
+        type_vocab_size=max(1, model.type_vocab_size),
         pad_token_id=model.pad_token_id,
         labels=model.labels,
         output=Output(per, channels),
@@ -275,16 +274,6 @@ def _metadata(
         report=tuple(asdict(c) for c in choices),
         notes=model.notes,
     )
-
-
-class Silent:
-    """Progress that tells nobody."""
-
-    @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """Run the phase."""
-        del name, total
-        yield lambda _done: None
 
 
 class _Clock:

@@ -39,7 +39,10 @@ class Explanation:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
     def __str__(self) -> str:
-        lines = [f"{self.source}: {self.name}, {self.task}, {self.precision} for {self.isa}", *map(_line, self.layers)]
+        lines = [
+            f"{self.source}: {self.name}, {self.task}, {self.precision} for {self.isa}",
+            *map(describe_layer, self.layers),
+        ]
         if not self.layers:
             lines.append("  no integer layers")
         lines += [f"  fp32: {line}" for line in self.plain]
@@ -112,28 +115,19 @@ def _plain(module: Any) -> list[str]:
     """Say which dense layers ``quantise`` will leave in float32, and why."""
     from whet.passes import dialect  # noqa: PLC0415
     from whet.passes.fuse_qkv import fuse_qkv  # noqa: PLC0415
-    from whet.passes.graph import Graph, is_call, is_per_token  # noqa: PLC0415
-    from whet.passes.quantise import SMALL_HEAD  # noqa: PLC0415
+    from whet.passes.graph import Graph, is_call  # noqa: PLC0415
+    from whet.passes.quantise import why_float  # noqa: PLC0415
 
     graph = Graph(fuse_qkv(module))
     lines = []
     for binding in graph.bindings:
-        if not is_call(binding.value, dialect.DENSE):
-            continue
-        rows, columns = dialect.shape_of(binding.value.args[1])
-        if not is_per_token(graph, binding.value.args[0]):
-            why = "it runs once per request, not per token"
-        elif columns % 4:
-            why = f"integer kernels take input channels four at a time, and it has {columns}"
-        elif rows < SMALL_HEAD:
-            why = f"with fewer than {SMALL_HEAD} output channels it costs little, and accuracy much"
-        else:
-            continue
-        lines.append(f"{binding.var.name} ({rows} × {columns}): {why}")
+        if is_call(binding.value, dialect.DENSE) and (why := why_float(graph, binding.value)):
+            rows, columns = dialect.shape_of(binding.value.args[1])
+            lines.append(f"{binding.var.name} ({rows} × {columns}): {why}")
     return lines
 
 
-def _line(layer: Mapping[str, Any]) -> str:
+def describe_layer(layer: Mapping[str, Any]) -> str:
     """One integer dense layer: its zeros, the kernel chosen, and how the candidates were judged."""
     kernel = f"{layer['block_rows']}x4 sparse" if layer["block_rows"] else "dense"
     chosen = f"{layer['block_rows']}x4" if layer["block_rows"] else "dense"

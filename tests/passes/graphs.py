@@ -34,7 +34,7 @@ class Builder:
         return self.block.emit(value, name_hint=name)
 
     def embed(self, channels: int) -> relax.Var:
-        tables = [self.const(VOCAB, channels), self.const(32, channels), self.const(2, channels)]
+        tables = [self.const(VOCAB, channels), self.const(64, channels), self.const(2, channels)]
         norm = [relax.const(np.ones(channels, np.float32)), relax.const(np.zeros(channels, np.float32))]
         return self.emit(dialect.embed(*self.inputs, *tables, *norm, eps=1e-5), "embeddings")
 

@@ -29,12 +29,13 @@ def test_a_dense_weight_stays_dense():
 def test_blocks_are_found_in_the_zeros(rows):
     module, (choice,) = chosen(0.9, rows)
     assert choice.layer == "first"
-    assert choice.block_rows == rows
+    # Tall blocks are made of lower ones, which may be the faster kernel.
+    assert 0 < choice.block_rows <= rows
     assert choice.zeros == pytest.approx(0.9, abs=0.01)
     assert choice.density == pytest.approx(0.1, abs=0.01)
-    assert choice.cycles[f"{rows}x4"] < choice.cycles["dense"]
+    assert choice.cycles[f"{choice.block_rows}x4"] == min(choice.cycles.values())
     first = next(b.value for b in Graph(module).bindings if b.var.name == "first")
-    assert attributes(first)["block_rows"] == rows
+    assert attributes(first)["block_rows"] == choice.block_rows
 
 
 def test_block_density_pads_rows():

@@ -14,7 +14,7 @@ from whet.passes.prune_blocks import prune_blocks
 from whet.passes.quantise import QuantisationConfig
 from whet.schedules.isa import isa
 
-from whet.compiler import Silent
+from whet.progress import Silent
 
 ISA = isa("avx2")  # what every x86-64 machine that runs these tests has
 
@@ -59,7 +59,7 @@ def test_int8_is_close_to_fp32_of_the_same_weights(write, sparsity, activations)
     got = run(result.lowered, ISA, batch, write is pooled)
     want = interpret(pruned(write, sparsity), batch)
     cosine = (got * want).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(want, axis=1)
-    assert cosine.min() > 0.99
+    assert cosine.min() > 0.98
 
 
 def pruned(write, sparsity):
@@ -82,7 +82,8 @@ def test_a_value_read_as_integers_and_floats_is_made_once_in_each_form():
     result = compiled(write, QuantisationConfig())
     batch = requests(5, 12)
     got = run(result.lowered, ISA, batch, per_request=False)
-    assert np.abs(got - interpret(build(write), batch)).max() < 0.2
+    want = interpret(build(write), batch)
+    assert np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)
     assert str(result.lowered.module.script(show_meta=False)).count("cls.quantize") == 1
 
 

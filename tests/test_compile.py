@@ -1,0 +1,150 @@
+"""From a model to answers, through the file: every family and head against what torch computed."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import whet
+
+REFERENCES = Path(__file__).parent / "references"
+SEEDED = sorted(p.parent.name for p in REFERENCES.glob("*/expected.npz"))
+INTEGER = ["bert-embedding", "bert-token", "distilbert-hidden-states", "distilbert-sequence"]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Compiles a model once per precision; returns the session and its report."""
+    folder = tmp_path_factory.mktemp("modules")
+    made = {}
+
+    def get(source: Path, precision: str, **options):
+        key = (source, precision, *options.items())
+        if key not in made:
+            output = folder / f"{len(made)}.so"
+            report = whet.compile(source, output, precision, **options)
+            made[key] = whet.load(output, threads=1), report
+        return made[key]
+
+    return get
+
+
+def expected(name):
+    return np.load(REFERENCES / name / "expected.npz")
+
+
+def run(session, data):
+    return session.run_packed(data["ids"], data["lengths"], token_types=data["token_types"])
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_fp32_equals_torch(compiled, name):
+    session, report = compiled(REFERENCES / name, "fp32")
+    data = expected(name)
+    np.testing.assert_allclose(run(session, data), data["output"], atol=1e-4)
+    assert report.recognised and report.layers == () and session.metadata.precision == "fp32"
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_int8_is_close_to_torch(compiled, name):
+    session, report = compiled(REFERENCES / name, "int8")
+    data = expected(name)
+    got, want = run(session, data), data["output"]
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert error < 0.1
+    assert len(report.layers) == 8
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_an_answer_never_depends_on_its_neighbours(compiled, precision):
+    session, _ = compiled(REFERENCES / "bert-token", precision)
+    data = expected("bert-token")
+    together = run(session, data)
+    start = 0
+    for length in data["lengths"]:
+        rows = slice(start, start + length)
+        alone = session.run_packed(data["ids"][rows], [length], token_types=data["token_types"][rows])
+        np.testing.assert_array_equal(together[rows], alone)
+        start += length
+
+
+def test_block_sparse_layers_are_found_and_right(compiled):
+    session, report = compiled(REFERENCES / "bert-token", "int8", sparsity=0.75, isa="avx2")
+    assert all(layer.zeros >= 0.74 for layer in report.layers)
+    out = run(session, expected("bert-token"))
+    assert np.isfinite(out).all() and out.std() > 0
+
+
+class TestMiniLM:
+    """The real all-MiniLM-L6-v2."""
+
+    @pytest.mark.parametrize(("precision", "cosine"), [("fp32", 1 - 1e-6), ("int8", 0.98)])
+    def test_embeddings(self, compiled, minilm_folder, precision, cosine):
+        session, _ = compiled(minilm_folder, precision)
+        data = np.load(REFERENCES / "minilm.npz")
+        got = session.encode([str(s) for s in data["sentences"]])
+        assert (got * data["output"]).sum(axis=1).min() > cosine
+        if precision == "fp32":
+            np.testing.assert_allclose(got, data["output"], atol=1e-4)
+
+    def test_texts_of_every_kind(self, compiled, minilm_folder):
+        session, _ = compiled(minilm_folder, "int8")
+        texts = ["", "a", "naïve café — 東京 🙂", "\u200b\t\n", "word " * 2000, "Ω" * 500]
+        together = session.encode(texts)
+        np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+        for row, text in zip(together, texts, strict=True):
+            np.testing.assert_array_equal(row, session.encode(text)[0])
+
+
+class TestErrors:
+    """Bad input is refused before any work is lost, and nothing is left behind."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"precision": "int4"}, "precision is 'int4'"),
+            ({"isa": "neon"}, "isa is 'neon'"),
+            ({"sparsity": 1.5}, "sparsity is 1.5"),
+            ({"max_length": 4096}, "max_length is 4096"),
+            ({"calibration": []}, "calibration is empty"),
+            ({"precision": "fp32", "quantisation": whet.QuantisationConfig()}, "leave one of them out"),
+        ],
+    )
+    def test_arguments(self, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            whet.compile(REFERENCES / "bert-embedding", tmp_path / "m.so", **options)
+        assert not list(tmp_path.iterdir())
+
+    def test_missing_source(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            whet.compile(tmp_path / "nowhere", tmp_path / "m.so")
+
+    def test_missing_output_folder(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="create it"):
+            whet.compile(REFERENCES / "bert-embedding", tmp_path / "no" / "m.so")
+
+    def test_a_file_that_is_no_model(self, tmp_path):
+        (tmp_path / "weights.bin").write_bytes(b"\0" * 100)
+        with pytest.raises(ValueError, match="Hugging Face folder or an ONNX file"):
+            whet.compile(tmp_path / "weights.bin", tmp_path / "m.so")
+
+    def test_no_c_compiler(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+        with pytest.raises(FileNotFoundError, match="install"):
+            whet.compile(REFERENCES / "bert-embedding", tmp_path / "m.so")
+
+    def test_interrupt_leaves_nothing(self, tmp_path):
+        code = "import sys, whet; print('go', flush=True); whet.compile(sys.argv[1], sys.argv[2])"
+        command = [sys.executable, "-c", code, str(REFERENCES / "bert-embedding"), str(tmp_path / "m.so")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(2.0)
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+        assert process.returncode != 0
+        assert not list(tmp_path.iterdir())

@@ -59,8 +59,8 @@ class AttentionKnobs:
 
     @staticmethod
     def default(isa: Isa) -> AttentionKnobs:
-        """Half of the registers for the sums, the other half for operands."""
-        return AttentionKnobs(2, isa.registers // 2)
+        """Half of the registers for the sums, or all where it pays more to share the widening of bytes to 16 bits."""
+        return AttentionKnobs(4, 16) if isa.dot == "madd" else AttentionKnobs(2, isa.registers // 2)
 
 
 def attention(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs | None = None) -> tirx.PrimFunc:

@@ -10,6 +10,8 @@ from whet.schedules import isa as isas
 
 TILE = 16
 NAMES = ("avx512_vnni", "avx_vnni", "avx2")
+MIXED = [1, 2, 3, 17, 40, 128, 5, 16, 16, 1, 31, 64, *[8] * 9, 9, 7, 100]
+"""Lengths of requests: short, long, and at many alignments."""
 
 
 @cache
@@ -72,6 +74,12 @@ def from_quads(quads, tokens=None):
     """(nt, C / 4, 16, 4) to (t, C)."""
     count, quarter, _, _ = quads.shape
     return quads.transpose(0, 2, 1, 3).reshape(count * TILE, quarter * 4)[:tokens]
+
+
+def fill_last_tile(rows):
+    """What lanes past the last token hold must not matter."""
+    rng = np.random.default_rng(99)
+    return np.concatenate([rows, rng.integers(0, 120, (-len(rows) % 16, rows.shape[1])).astype(rows.dtype)])
 
 
 def segments_of(lengths, first=0, gaps=None):

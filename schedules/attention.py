@@ -58,12 +58,14 @@ class AttentionKnobs:
             raise ValueError(f"{self}: accumulators / queries must be 4, 8 or 16")
 
     @staticmethod
-    def default(isa: Isa) -> AttentionKnobs:
-        """Half of the registers for the sums, or all where it pays more to share the widening of bytes to 16 bits."""
-        return AttentionKnobs(4, 16) if isa.dot == "madd" else AttentionKnobs(2, isa.registers // 2)
+    def default(spec: AttentionSpec, isa: Isa) -> AttentionKnobs:
+        """Half of the registers for the sums; all where that shares the widening of bytes to 16 bits."""
+        if spec.precision == "i8" and isa.dot == "madd":
+            return AttentionKnobs(4, 16)
+        return AttentionKnobs(2, isa.registers // 2)
 
 
 def attention(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs | None = None) -> tirx.PrimFunc:
     """Attention kernel, parallel over heads and tiles of queries; the arguments are the specification's."""
     generate = attention_i8 if spec.precision == "i8" else attention_f32
-    return generate(spec, isa, knobs or AttentionKnobs.default(isa))
+    return generate(spec, isa, knobs or AttentionKnobs.default(spec, isa))

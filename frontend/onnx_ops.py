@@ -204,6 +204,7 @@ def _slice(walk: Walk, node: Node, inputs: Inputs) -> Fact | None:
     if isinstance(x, Known):
         return _slice_of_positions(walk, x, [optional(inputs, i) for i in range(1, len(inputs))])
     names = ("starts", "ends", "axes", "steps")
+    parts: list[list[Any]]
     if "starts" in node.attrs:
         parts = [[node.attrs.get(name)] * 2 for name in names]
     else:
@@ -317,7 +318,7 @@ def _clip(walk: Walk, node: Node, inputs: Inputs) -> Fact:
     ends = [optional(inputs, 1), optional(inputs, 2)]
     for i, name in enumerate(("min", "max")):
         if name in node.attrs:
-            ends[i] = Known((np.float32(node.attrs[name]).reshape(()),))
+            ends[i] = Known((np.asarray(node.attrs[name], np.float32),))
     return walk.rules.clip(given(inputs, 0), *ends)
 
 
@@ -390,7 +391,7 @@ def _matmul(walk: Walk, node: Node, inputs: Inputs) -> Fact:
 def _gemm(walk: Walk, node: Node, inputs: Inputs) -> Fact:
     if node.attrs.get("transA", 0):
         raise NotAnEncoder("transposes its input")
-    y = walk.rules.linear(given(inputs, 0), known(inputs, 1), transposed=bool(node.attrs.get("transB", 0)))
+    y: Fact = walk.rules.linear(given(inputs, 0), known(inputs, 1), transposed=bool(node.attrs.get("transB", 0)))
     y = with_bias(walk, scaled(walk, y, node.attrs.get("alpha", 1.0)), inputs, 2, node.attrs.get("beta", 1.0))
     activation = node.attrs.get("activation", "")
     return walk.rules.unary(y, UNARY[activation], activation) if activation else y
@@ -398,7 +399,7 @@ def _gemm(walk: Walk, node: Node, inputs: Inputs) -> Fact:
 
 def scaled(walk: Walk, x: Fact, factor: float) -> Fact:
     """``factor · x``."""
-    return x if factor == 1 else walk.rules.mul(x, Known((np.float32(factor).reshape(()),)))
+    return x if factor == 1 else walk.rules.mul(x, Known((np.asarray(factor, np.float32),)))
 
 
 def with_bias(walk: Walk, x: Fact, inputs: Inputs, place: int, factor: float = 1.0) -> Fact:

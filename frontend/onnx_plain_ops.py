@@ -429,7 +429,7 @@ def _dequantise(plain: Plain, node: Node, inputs: Inputs) -> relax.Expr:
 
 @rule("DynamicQuantizeLinear")
 def _dynamic_quantise(plain: Plain, node: Node, inputs: Inputs) -> tuple[relax.Expr | Value, ...]:
-    one, zero = (Value(known=(np.float32(v).reshape(()),) * len(SIZES)) for v in (1, 0))
+    one, zero = (Value(known=(np.asarray(v, np.float32),) * len(SIZES)) for v in (1, 0))
     return plain.tensor(inputs[0]), one, zero
 
 

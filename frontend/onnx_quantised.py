@@ -59,7 +59,7 @@ def _quantise(walk: Walk, node: Node, inputs: Inputs) -> Fact | None:
 @rule("DynamicQuantizeLinear")
 def _dynamic_quantise(walk: Walk, node: Node, inputs: Inputs) -> tuple[Fact, ...]:
     scale = Scale()
-    return walk.rules.quantise(given(inputs, 0), scale), Scales((scale,), np.float64(1)), DontCare()
+    return walk.rules.quantise(given(inputs, 0), scale), Scales((scale,), np.asarray(1.0)), DontCare()
 
 
 @rule("MatMulInteger")
@@ -71,7 +71,7 @@ def product_of_integers(walk: Walk, inputs: Inputs, places: tuple[int, int, int]
     """``x · (weight − zero point)`` in the unit of ``x``, or the product of two activations."""
     x, y = given(inputs, places[0]), given(inputs, places[1])
     if isinstance(y, Known):
-        y = integers(y, np.float32(1), optional(inputs, places[2]), dim=-1)
+        y = integers(y, np.asarray(1, np.float32), optional(inputs, places[2]), dim=-1)
     return walk.rules.matmul(x, y)
 
 
@@ -110,7 +110,7 @@ def _qgemm(walk: Walk, node: Node, inputs: Inputs) -> Fact:
     weight = plain(walk, inputs, 3, dim=0 if transposed else -1)
     if not isinstance(weight, Known):
         raise NotAnEncoder("multiplies two hidden states")
-    y = walk.rules.linear(plain(walk, inputs, 0), weight, transposed=transposed)
+    y: Fact = walk.rules.linear(plain(walk, inputs, 0), weight, transposed=transposed)
     y = scaled(walk, y, node.attrs.get("alpha", 1.0))
     if (bias := optional(inputs, 6)) is not None:
         unit = known(inputs, 4).constant("a scale").astype(np.float64) * scalar(inputs, 1)

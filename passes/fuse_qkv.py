@@ -21,9 +21,10 @@ def fuse_qkv(module: IRModule) -> IRModule:
     def visit(builder: relax.BlockBuilder, var: relax.Var, call: relax.Call) -> relax.Expr:
         if not is_call(call, dialect.ATTENTION):
             return call
-        old = [graph.sole_producer(a, dialect.DENSE) for a in graph.values[var].args[:3]]
+        makers = [graph.sole_producer(a, dialect.DENSE) for a in graph.values[var].args[:3]]
+        old = [d for d in makers if d is not None and _plain(d)]
         name = var.name + "_qkv"
-        if all(_plain(d) for d in old) and len({d.args[0] for d in old}) == 1:
+        if len(old) == 3 and len({d.args[0] for d in old}) == 1:
             x = builder.lookup_binding(call.args[0]).args[0]
             weight = _stacked_weight(graph, builder, [d.args[1] for d in old])
             bias = relax.const(np.concatenate([graph.constant(d.args[2]) for d in old]))
@@ -35,8 +36,8 @@ def fuse_qkv(module: IRModule) -> IRModule:
     return rewrite(module, visit)
 
 
-def _plain(dense: relax.Call | None) -> bool:
-    return dense is not None and len(dense.args) == 3 and attributes(dense)["activation"] == "none"
+def _plain(dense: relax.Call) -> bool:
+    return len(dense.args) == 3 and attributes(dense)["activation"] == "none"
 
 
 def _stacked_weight(graph: Graph, builder: relax.BlockBuilder, weights: list[relax.Expr]) -> relax.Expr:

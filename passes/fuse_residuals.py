@@ -23,7 +23,8 @@ def fuse_residuals(module: IRModule) -> IRModule:
             before = graph.sole_producer(graph.values[var].args[side], dialect.DENSE)
             if before is not None and len(before.args) == 3:
                 fused = builder.lookup_binding(call.args[side])
-                return dialect.dense(*fused.args, call.args[other], **attributes(fused))
+                x, weight, bias = fused.args
+                return dialect.dense(x, weight, bias, call.args[other], **attributes(fused))
         return call
 
     return rewrite(module, visit)

@@ -75,7 +75,8 @@ def weight_of(graph: Graph, weight: relax.Expr) -> np.ndarray[Any, Any]:
     """A weight ``(rows, columns)`` as float32, whichever form it has."""
     made = graph.producer(weight)
     if is_call(made, dialect.QUANTIZED_WEIGHT):
-        return graph.constant(made.args[0]).astype(np.float32) * graph.constant(made.args[1])[:, None]
+        values, scale = (graph.constant(a) for a in made.args)
+        return np.asarray(values.astype(np.float32) * scale[:, None])
     return graph.constant(made)
 
 

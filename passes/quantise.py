@@ -77,20 +77,20 @@ def quantise(
     def visit(builder: relax.BlockBuilder, var: relax.Var, call: relax.Call) -> relax.Expr:
         if var in layers:
             weight = _integer_weight(graph, builder, var, graph.values[var].args[1])
-            found = (
-                {"per_token": True} if var in dynamic else _input_scale(seen, graph.values[var].args[0].name, config)
-            )
-            return dialect.dense(call.args[0], weight, *call.args[2:], **attributes(call), **found)
+            x = graph.values[var].args[0].name
+            found = {"per_token": True} if var in dynamic else _input_scale(seen, x, config)
+            return dialect.dense(call.args[0], weight, *call.args[2:], **attributes(call) | found)
         if var in attentions:
             parts = seen[graph.values[var].args[0].name]
             scales = {
                 f"{part}_scale": symmetric_s8(observation, config.method, config.percentile)
                 for part, observation in zip("qkv", parts, strict=True)
             }
-            return dialect.self_attention(*call.args, **attributes(call), **scales)
+            return dialect.self_attention(*call.args, **attributes(call) | scales)
         if is_call(call, dialect.EMBED):
-            words = _integer_weight(graph, builder, var, graph.values[var].args[3])
-            return dialect.embed(*call.args[:3], words, *call.args[4:], **attributes(call))
+            args = list(call.args)
+            args[3] = _integer_weight(graph, builder, var, graph.values[var].args[3])
+            return dialect.embed(*args, **attributes(call))
         return call
 
     return rewrite(module, visit)

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,17 @@ import whet
 REFERENCES = Path(__file__).parent / "references"
 SEEDED = sorted(p.parent.name for p in REFERENCES.glob("*/expected.npz"))
 INTEGER = ["bert-embedding", "bert-token", "distilbert-hidden-states", "distilbert-sequence"]
+SAY_PHASES = """
+import sys, whet
+from whet.progress import Silent
+
+class Say(Silent):
+    def phase(self, name, total=None):
+        print(name, flush=True)
+        return super().phase(name, total)
+
+whet.compile(sys.argv[1], sys.argv[2], progress=Say())
+"""
 
 
 @pytest.fixture(scope="session")
@@ -139,11 +149,9 @@ class TestErrors:
             whet.compile(REFERENCES / "bert-embedding", tmp_path / "m.so")
 
     def test_interrupt_leaves_nothing(self, tmp_path):
-        code = "import sys, whet; print('go', flush=True); whet.compile(sys.argv[1], sys.argv[2])"
-        command = [sys.executable, "-c", code, str(REFERENCES / "bert-embedding"), str(tmp_path / "m.so")]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            process.stdout.readline()
-            time.sleep(2.0)
+        command = [sys.executable, "-c", SAY_PHASES, str(REFERENCES / "bert-embedding"), str(tmp_path / "m.so")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert "generate code\n" in process.stdout  # reads up to there
             process.send_signal(signal.SIGINT)
             process.wait(timeout=60)
         assert process.returncode != 0

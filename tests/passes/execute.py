@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import tvm
 import tvm_ffi
@@ -9,6 +11,8 @@ from tvm import relax
 from whet.passes.dialect import TILE
 from whet.passes.lower import Lowered
 from whet.schedules.isa import Isa
+
+Program = Callable[[list[np.ndarray], bool], np.ndarray]
 
 
 def aligned(array: np.ndarray) -> tvm_ffi.Tensor:
@@ -22,8 +26,25 @@ def aligned(array: np.ndarray) -> tvm_ffi.Tensor:
 
 def run(lowered: Lowered, isa: Isa, requests: list[np.ndarray], per_request: bool) -> np.ndarray:
     """Compile, pack the requests, run; rows per request or per token."""
+    return program(lowered, isa)(requests, per_request)
+
+
+def program(lowered: Lowered, isa: Isa) -> Program:
+    """Compile once; what it returns packs requests and runs them, as often as it is called."""
     executable = relax.build(lowered.module, tvm.target.Target(isa.target))
     machine = relax.VirtualMachine(executable, tvm.cpu())
+    weights = tvm_ffi.convert([aligned(w) for _, w in lowered.weights])
+
+    def answer(requests: list[np.ndarray], per_request: bool) -> np.ndarray:
+        output = machine["main"](*pack(requests), weights).numpy()
+        count = len(requests) if per_request else sum(map(len, requests))
+        return output.transpose(0, 2, 1).reshape(-1, output.shape[1])[:count]
+
+    return answer
+
+
+def pack(requests: list[np.ndarray]) -> list[tvm_ffi.Tensor]:
+    """Token ids, positions, token types (all 0) and segments of requests that stand one after the other."""
     starts = np.cumsum([0, *map(len, requests)])
     tokens = -(-int(starts[-1]) // TILE) * TILE
     ids, positions = np.zeros(tokens, np.int32), np.zeros(tokens, np.int32)
@@ -33,7 +54,4 @@ def run(lowered: Lowered, isa: Isa, requests: list[np.ndarray], per_request: boo
         positions[starts[i] : starts[i + 1]] = np.arange(len(request))
         segments[i] = starts[i], len(request)
     shaped = [a.reshape(-1, TILE) for a in (ids, positions, np.zeros_like(ids))]
-    inputs = [aligned(a) for a in (*shaped, segments.reshape(-1, TILE, 2))]
-    output = machine["main"](*inputs, tvm_ffi.convert([aligned(w) for _, w in lowered.weights])).numpy()
-    count = len(requests) if per_request else int(starts[-1])
-    return output.transpose(0, 2, 1).reshape(-1, output.shape[1])[:count]
+    return [aligned(a) for a in (*shaped, segments.reshape(-1, TILE, 2))]

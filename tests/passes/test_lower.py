@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from execute import run
+from execute import program, run
 from graphs import build, encoder_layer, requests
 from tvm import relax
 from whet.passes import dialect
@@ -67,10 +67,10 @@ def pruned(write, sparsity):
 
 
 def test_an_answer_does_not_depend_on_its_neighbours():
-    result = compiled(layer, QuantisationConfig())
+    answer = program(compiled(layer, QuantisationConfig()).lowered, ISA)
     batch = requests(7, 1, 33, 16)
-    together = run(result.lowered, ISA, batch, per_request=False)
-    alone = np.concatenate([run(result.lowered, ISA, [r], per_request=False) for r in batch])
+    together = answer(batch, False)
+    alone = np.concatenate([answer([r], False) for r in batch])
     np.testing.assert_array_equal(together, alone)
 
 

@@ -14,10 +14,8 @@
 
 #include <dlfcn.h>
 #include <sys/syscall.h>
-#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/dtype.h>
 #include <tvm/ffi/extra/json.h>
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
@@ -32,6 +30,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace ffi = tvm::ffi;
@@ -51,24 +50,28 @@ ffi::Tensor MakeView(void* data, const std::vector<int64_t>& shape, DLDataType d
   return ffi::Tensor::FromNDAlloc(View{data}, ffi::ShapeView(shape.data(), shape.size()), dtype, kCPU);
 }
 
-// int32 values at a 64-byte boundary, zero at first.
+// Values at a 64-byte boundary, zero at first.
+template <typename T>
 class Buffer {
  public:
   explicit Buffer(std::vector<int64_t> shape) : shape_(std::move(shape)), count_(1) {
     for (int64_t d : shape_) count_ *= d;
-    data_ = static_cast<int32_t*>(std::aligned_alloc(64, (count_ * sizeof(int32_t) + 63) / 64 * 64));
+    data_ = static_cast<T*>(std::aligned_alloc(64, (count_ * sizeof(T) + 63) / 64 * 64));
     if (data_ == nullptr) throw std::bad_alloc();
-    std::fill(data_, data_ + count_, 0);
+    std::fill(data_, data_ + count_, T{0});
   }
   Buffer(const Buffer&) = delete;
   ~Buffer() { std::free(data_); }
-  int32_t& operator[](int64_t i) { return data_[i]; }
-  ffi::Tensor tensor() { return MakeView(data_, shape_, DLDataType{kDLInt, 32, 1}); }
+  T& operator[](int64_t i) { return data_[i]; }
+  ffi::Tensor tensor() {
+    const uint8_t code = std::is_floating_point_v<T> ? kDLFloat : std::is_signed_v<T> ? kDLInt : kDLUInt;
+    return MakeView(data_, shape_, DLDataType{code, 8 * sizeof(T), 1});
+  }
 
  private:
   std::vector<int64_t> shape_;
   int64_t count_;
-  int32_t* data_;
+  T* data_;
 };
 
 template <typename T>
@@ -126,37 +129,30 @@ int Run(const std::string& path, const std::string& runtime, const std::vector<i
     if (id < 0 || id >= vocabulary) throw std::runtime_error(std::to_string(id) + " is not in the vocabulary");
   }
 
-  // Weights stay where they are: in the pages of the file.
-  char* blob = static_cast<char*>(Symbol(library, "whet_weights"));
-  ffi::Array<ffi::Tensor> weights;
-  for (const ffi::Any& entry : Get<json::Array>(metadata, "weights")) {
-    json::Object weight = entry.cast<json::Object>();
-    std::vector<int64_t> shape;
-    for (const ffi::Any& d : Get<json::Array>(weight, "shape")) shape.push_back(d.cast<int64_t>());
-    DLDataType dtype = ffi::StringToDLDataType(Get<ffi::String>(weight, "dtype"));
-    weights.push_back(MakeView(blob + Get<int64_t>(weight, "offset"), shape, dtype));
-  }
-
   // One request: tokens in tiles of 16, and a group of 16 segments of which one is used.
   const int64_t tiles = (count + kTile - 1) / kTile;
-  Buffer tokens({tiles, kTile}), positions({tiles, kTile}), types({tiles, kTile}), segments({1, kTile, 2});
+  Buffer<int32_t> tokens({tiles, kTile}), positions({tiles, kTile}), types({tiles, kTile}), segments({1, kTile, 2});
   for (int64_t i = 0; i < count; ++i) {
     tokens[i] = static_cast<int32_t>(ids[i]);
     positions[i] = static_cast<int32_t>(i);
   }
   segments[1] = static_cast<int32_t>(count);
 
-  ffi::Module module = ffi::Module::LoadFromFile(path);
-  ffi::Module machine = module->GetFunction("vm_load_executable").value()().cast<ffi::Module>();
-  machine->GetFunction("vm_initialization").value()(static_cast<int>(kDLCPU), 0, 2);  // device 0, pooled memory
-  ffi::Function main = machine->GetFunction("main").value();
-  ffi::Tensor out =
-      main(tokens.tensor(), positions.tensor(), types.tensor(), segments.tensor(), weights).cast<ffi::Tensor>();
+  // Weights stay where they are: in the pages of the file. The scratch memory can serve any number of calls, one by one.
+  const int64_t* size = static_cast<const int64_t*>(Symbol(library, "whet_weights_size"));
+  ffi::Tensor weights = MakeView(Symbol(library, "whet_weights"), {*size}, DLDataType{kDLUInt, 8, 1});
+  Buffer<uint8_t> workspace(
+      {tiles * Get<int64_t>(metadata, "workspace_per_tile") + Get<int64_t>(metadata, "workspace_per_group") + 1});
+  const json::Object output = Get<json::Object>(metadata, "output");
+  const bool per_token = Get<ffi::String>(output, "per") == "token";
+  const int64_t channels = Get<int64_t>(output, "channels");
+  Buffer<float> values({per_token ? tiles : 1, channels, kTile});
+
+  ffi::Function main = ffi::Module::LoadFromFile(path)->GetFunction("main").value();
+  main(tokens.tensor(), positions.tensor(), types.tensor(), segments.tensor(), weights, workspace.tensor(),
+       values.tensor());
 
   // (tiles, channels, 16): column i is [i / 16][.][i % 16].
-  const bool per_token = Get<ffi::String>(Get<json::Object>(metadata, "output"), "per") == "token";
-  const int64_t channels = out.size(1);
-  const float* values = static_cast<const float*>(out.data_ptr());
   for (int64_t i = 0; i < (per_token ? count : 1); ++i) {
     for (int64_t c = 0; c < channels; ++c) {
       std::printf("%s%.9g", c ? " " : "", values[((i / kTile) * channels + c) * kTile + i % kTile]);

@@ -68,6 +68,11 @@ class Artifact:
         """The embedded ``tokenizer.json``, or None."""
         return self._pages[self._sections[".whet.tokenizer"].text].decode("utf-8") or None
 
+    def blob(self) -> NDArray[np.uint8]:
+        """Return a view of all weights' mapped pages, uint8 ``(bytes,)``; it keeps the mapping alive."""
+        span = self._sections[".whet.weights"]
+        return np.frombuffer(self._pages, np.uint8, span.size, span.offset)
+
     def weights(self) -> list[NDArray[np.generic]]:
         """Return views of the mapped pages, in the order of the weights table; they keep the mapping alive."""
         blob = self._sections[".whet.weights"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,8 +17,10 @@ from whet.runtime.cpu import check_cpu, request_amx
 from whet.runtime.ffi import tvm_ffi
 from whet.runtime.library import load_runtime
 from whet.runtime.metadata import ArtifactError, Metadata
-from whet.runtime.packing import aligned, pack, positions_within, split, starts, unpack
+from whet.runtime.packing import TILE, aligned, pack, positions_within, split, starts, unpack
 from whet.runtime.threads import available_cpus, use_threads
+
+T = TypeVar("T")
 
 _CPU, _DEVICE, _POOLED = 1, 0, 2
 
@@ -25,7 +28,7 @@ _CPU, _DEVICE, _POOLED = 1, 0, 2
 class Engine:
     """A module ready to run token ids; :class:`whet.runtime.session.Session` adds texts to it.
 
-    May be called from several threads at once: each gets its own virtual machine, and all share the code and the
+    May be called from several threads at once: each gets its own scratch memory, and all share the code and the
     weights. May be used after a fork. Results are the caller's own arrays and outlive the engine.
     """
 
@@ -40,7 +43,13 @@ class Engine:
         if "amx_int8" in self.metadata.cpu_flags:
             request_amx()
         self._library = _load_library(artifact)
-        self._weights = tvm_ffi.convert([tvm_ffi.from_dlpack(array) for array in artifact.weights()])
+        packed = self.metadata.convention == "packed"
+        self._main = self._library["main"] if packed else None
+        self._weights = (
+            tvm_ffi.from_dlpack(artifact.blob())
+            if packed
+            else tvm_ffi.convert([tvm_ffi.from_dlpack(array) for array in artifact.weights()])
+        )
         self._local = threading.local()
         self._helpers: dict[int, ThreadPoolExecutor] = {}
 
@@ -156,7 +165,10 @@ class Engine:
             tokens = slice(start, start + int(lengths[requests].sum()))
             rows = tokens if per_token else requests
             args = pack(ids[tokens], positions[tokens], 0 if types is None else types[tokens], lengths[requests])
-            out[rows] = unpack(self._call(args)[0], rows.stop - rows.start)
+            units = args[0] if per_token else args[3]
+            tiles = aligned((len(units), self.metadata.output.channels, TILE), np.float32)
+            self._call(self._invoke_packed, [*args, tiles])
+            out[rows] = unpack(tiles, rows.stop - rows.start)
             start = tokens.stop
         return out
 
@@ -182,7 +194,7 @@ class Engine:
                 )
             args.append(aligned(ids.shape, np.int64))
             args[-1][...] = given[name]
-        values = self._call(args)
+        values = self._call(self._invoke_padded, args)
         # Question answering graphs return start and end logits apart; elsewhere the first output is the answer.
         pair = self.metadata.task == "question_answering" and len(values) > 1
         out = np.stack(values[:2], axis=-1) if pair else values[0]
@@ -206,17 +218,31 @@ class Engine:
     def _too_long(self, what: str) -> str:
         return f"{what}; this model takes at most {self.metadata.max_length} tokens: truncate the input"
 
-    def _call(self, args: list[NDArray[Any]]) -> list[NDArray[Any]]:
-        """Call ``main`` with as many threads as the engine has; the results are copies."""
+    def _call(self, invoke: Callable[[list[NDArray[Any]]], T], args: list[NDArray[Any]]) -> T:
+        """Run compiled code with as many threads as the engine has."""
         if use_threads(self.threads, self._runtime):
-            return self._invoke(args)
-        return self._helper().submit(self._invoke_elsewhere, args).result()
+            return invoke(args)
+        return self._helper().submit(self._invoke_elsewhere, invoke, args).result()
 
-    def _invoke_elsewhere(self, args: list[NDArray[Any]]) -> list[NDArray[Any]]:
+    def _invoke_elsewhere(self, invoke: Callable[[list[NDArray[Any]]], T], args: list[NDArray[Any]]) -> T:
         use_threads(self.threads, self._runtime)
-        return self._invoke(args)
+        return invoke(args)
 
-    def _invoke(self, args: list[NDArray[Any]]) -> list[NDArray[Any]]:
+    def _invoke_packed(self, args: list[NDArray[Any]]) -> None:
+        """Call ``main``; the last of ``args`` is what it writes."""
+        *inputs, out = map(tvm_ffi.from_dlpack, args)
+        self._main(*inputs, self._weights, self._workspace(len(args[0]), len(args[3])), out)
+
+    def _workspace(self, tiles: int, groups: int) -> Any:
+        """Scratch memory of the calling thread; it grows with the largest call, which ``max_tokens`` bounds."""
+        size = max(1, tiles * self.metadata.workspace_per_tile + groups * self.metadata.workspace_per_group)
+        held = getattr(self._local, "workspace", None)
+        if held is None or held.shape[0] < size:
+            held = self._local.workspace = tvm_ffi.from_dlpack(aligned((size,), np.uint8))
+        return held
+
+    def _invoke_padded(self, args: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Call ``main`` of a Relax VM; the results are copies."""
         main = getattr(self._local, "main", None)
         if main is None:
             # A virtual machine belongs to one thread; the executable and the weights are shared.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -12,6 +12,15 @@ FORMAT = 1
 
 ALIGNMENT = 64
 """Every weight starts at a multiple of this in the blob; compiled code loads whole cache lines."""
+
+
+def lay_out(sizes: Iterable[int]) -> list[int]:
+    """Where arrays of these many bytes start in the weights blob, one after the other."""
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end + -end % ALIGNMENT)
+        end = offsets[-1] + size
+    return offsets
 
 
 class ArtifactError(ValueError):
@@ -49,8 +58,9 @@ class Metadata:
     name: str
     task: str
     convention: str
-    """``"packed"``: main(ids, positions, token_types, segments, weights), see :meth:`Session.run_packed`.
-    ``"padded"``: main(*inputs, weights) with int64 ``(batch, sequence)`` inputs."""
+    """``"packed"``: the function main(ids, positions, token_types, segments, weights, workspace, out), where weights
+    is the blob and workspace is scratch memory, both uint8. ``"padded"``: a Relax VM executable with main(*inputs,
+    weights), int64 ``(batch, sequence)`` inputs and a tuple of weights."""
     inputs: tuple[str, ...]
     vocab_size: int
     max_length: int
@@ -64,6 +74,9 @@ class Metadata:
     """Flags, named as in ``/proc/cpuinfo``, without which the code must not run."""
     max_tokens: int
     """Most packed tokens a single call takes."""
+    workspace_per_tile: int = 0
+    workspace_per_group: int = 0
+    """Bytes of scratch memory that a packed ``main`` wants for each tile of tokens and each group of requests."""
     weights: tuple[Weight, ...] = ()
     report: tuple[Mapping[str, Any], ...] = ()
     """One entry per layer: what was chosen, and why."""

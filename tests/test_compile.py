@@ -151,7 +151,7 @@ class TestErrors:
     def test_interrupt_leaves_nothing(self, tmp_path):
         command = [sys.executable, "-c", SAY_PHASES, str(REFERENCES / "bert-embedding"), str(tmp_path / "m.so")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert "generate code\n" in process.stdout  # reads up to there
+            assert "7 generate code\n" in process.stdout  # reads up to there
             process.send_signal(signal.SIGINT)
             process.wait(timeout=60)
         assert process.returncode != 0

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
 from os import PathLike, fspath
@@ -16,17 +16,18 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import tvm
 from tokenizers import Tokenizer
-from tvm import relax
 
+from whet.codegen import generate_code
 from whet.explain import describe_layer
 from whet.frontend.model import Model, Task
 from whet.link import find_compiler, write_module
+from whet.passes.assemble import Workspace, assemble
 from whet.passes.choose_kernels import Choice
 from whet.passes.dialect import Pooling, shape_of
 from whet.passes.pipeline import Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
 from whet.progress import Progress, Silent
-from whet.runtime.metadata import Metadata, Output
+from whet.runtime.metadata import Metadata, Output, lay_out
 from whet.schedules.isa import ISAS, Isa, host_isa
 from whet.schedules.isa import isa as isa_by_name
 
@@ -141,17 +142,27 @@ def compile(
             dump_ir=Path(dump_ir) if dump_ir is not None else None,
         )
         compiled = run_pipeline(model.module, options, requests, token_types, clock)
-        module, weights, choices = compiled.lowered.module, compiled.lowered.weights, compiled.choices
+        lowered, weights, choices = compiled.lowered.module, compiled.lowered.weights, compiled.choices
+        with clock.phase("6 assemble"):
+            assembled = assemble(lowered, lay_out(array.nbytes for _, array in weights))
+            module, workspace = assembled.module, assembled.workspace
     else:
         from whet.passes.lift_constants import lift_constants  # noqa: PLC0415 - only plain graphs need it
 
         with clock.phase("lift constants"):
-            module, weights = lift_constants(model.module)
+            lowered, weights = lift_constants(model.module)
+            module, workspace = lowered, Workspace(0, 0)
 
-    with clock.phase("generate code"), tvm.transform.PassContext(opt_level=3):
-        executable = relax.build(module, tvm.target.Target(target.target))
-    with clock.phase("link"):
-        metadata = _metadata(model, module, precision if model.dialect else "fp32", target, limit, max_tokens, choices)
+    with clock.phase("7 generate code"):
+        executable = generate_code(module, target)
+    with clock.phase("8 link"):
+        precision = precision if model.dialect else "fp32"
+        metadata = replace(
+            _metadata(model, lowered, precision, target, limit, choices),
+            max_tokens=max_tokens,
+            workspace_per_tile=workspace.per_tile,
+            workspace_per_group=workspace.per_group,
+        )
         write_module(executable, metadata, dict(weights), model.tokenizer_json, output)
     return Report(
         output=fspath(output),
@@ -246,7 +257,6 @@ def _metadata(
     precision: str,
     target: Isa,
     limit: int,
-    max_tokens: int,
     choices: Sequence[Choice],
 ) -> Metadata:
     function = module["main"]
@@ -270,7 +280,7 @@ def _metadata(
         precision=precision,
         isa=target.name,
         cpu_flags=target.cpu_flags,
-        max_tokens=max_tokens,
+        max_tokens=limit,
         report=tuple(asdict(c) for c in choices),
         notes=model.notes,
     )

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whet.runtime.artifact import code_digest, find_sections
-from whet.runtime.metadata import ALIGNMENT, Metadata, Weight
+from whet.runtime.metadata import ALIGNMENT, Metadata, Weight, lay_out
 
 _PAGE = 4096
 
@@ -50,9 +50,9 @@ def write_module(
     """Write ``output``, a shared object that :func:`whet.runtime.load` opens.
 
     Args:
-        executable: a built Relax VM executable whose ``main`` takes the weights as its last argument, a tuple.
+        executable: a built TVM executable with the ``main`` that ``metadata.convention`` describes.
         metadata: its ``weights`` table is replaced by the one of ``weights``.
-        weights: arrays in the order of that tuple.
+        weights: arrays in the order in which they stand in the blob.
         tokenizer_json: contents of ``tokenizer.json``; None for a module that takes token ids only.
         output: replaced atomically; on any error or interrupt an older file of this name stays as it was.
 
@@ -120,10 +120,11 @@ def find_compiler() -> str:
 
 def _write_weights(path: Path, weights: Mapping[str, NDArray[np.generic]]) -> tuple[Weight, ...]:
     table = []
+    offsets = lay_out(array.nbytes for array in weights.values())
     with path.open("wb") as file:
-        for name, array in weights.items():
-            file.write(bytes(-file.tell() % ALIGNMENT))
-            table.append(Weight(name, array.dtype.name, array.shape, file.tell()))
+        for offset, (name, array) in zip(offsets, weights.items(), strict=True):
+            file.write(bytes(offset - file.tell()))
+            table.append(Weight(name, array.dtype.name, array.shape, offset))
             file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
         file.write(bytes(-file.tell() % ALIGNMENT))
     return tuple(table)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import tvm
 import tvm_ffi
-from tvm import relax
+from whet.passes.assemble import assemble
 from whet.passes.dialect import TILE
 from whet.passes.lower import Lowered
+from whet.runtime.metadata import lay_out
 from whet.schedules.isa import Isa
+
+from whet.codegen import generate_code
 
 Program = Callable[[list[np.ndarray], bool], np.ndarray]
 
@@ -31,12 +33,23 @@ def run(lowered: Lowered, isa: Isa, requests: list[np.ndarray], per_request: boo
 
 def program(lowered: Lowered, isa: Isa) -> Program:
     """Compile once; what it returns packs requests and runs them, as often as it is called."""
-    executable = relax.build(lowered.module, tvm.target.Target(isa.target))
-    machine = relax.VirtualMachine(executable, tvm.cpu())
-    weights = tvm_ffi.convert([aligned(w) for _, w in lowered.weights])
+    weights = [np.ascontiguousarray(w).reshape(-1).view(np.uint8) for _, w in lowered.weights]
+    offsets = lay_out(w.nbytes for w in weights)
+    blob = np.zeros(offsets[-1] + weights[-1].nbytes, np.uint8)
+    for offset, weight in zip(offsets, weights, strict=True):
+        blob[offset : offset + weight.nbytes] = weight
+    assembled = assemble(lowered.module, offsets)
+    executable = generate_code(assembled.module, isa)
+    channels = int(lowered.module["main"].ret_ty.shape[1])
 
     def answer(requests: list[np.ndarray], per_request: bool) -> np.ndarray:
-        output = machine["main"](*pack(requests), weights).numpy()
+        inputs = pack(requests)
+        tiles, groups = inputs[0].shape[0], inputs[3].shape[0]
+        size = tiles * assembled.workspace.per_tile + groups * assembled.workspace.per_group
+        workspace = np.full(size + 1, 0xA5, np.uint8)  # what is read before it is written shows
+        out = aligned(np.zeros((groups if per_request else tiles, channels, TILE), np.float32))
+        executable["main"](*inputs, aligned(blob), aligned(workspace), out)
+        output = out.numpy()
         count = len(requests) if per_request else sum(map(len, requests))
         return output.transpose(0, 2, 1).reshape(-1, output.shape[1])[:count]
 

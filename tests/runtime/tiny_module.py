@@ -1,4 +1,4 @@
-"""A module built by hand from plain Relax and TIR, so that the runtime is tested without Whet's compiler.
+"""Modules built by hand from plain TIR and Relax, so that the runtime is tested without Whet's compiler.
 
 Each token's column is ``word[id] + position[position] + type[token_type]``; per request it is the sum over the
 request's tokens. No lane of padding reaches a result.
@@ -14,7 +14,7 @@ import tvm
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tvm import relax, tirx
 from tvm.script import tirx as T
-from whet.runtime.metadata import Metadata, Output
+from whet.runtime.metadata import Metadata, Output, lay_out
 
 from whet.link import write_module
 
@@ -54,71 +54,77 @@ def columns(ids, positions, types, tables=None) -> np.ndarray:
     return t["word"][ids] + t["position"][positions] + t["type"][types]
 
 
-def _kernels(channels: int, per: str):
+def executable(channels: int = CHANNELS, per: str = "token"):
+    """The packed convention: a function that writes its result, with weights in a blob and scratch memory."""
+    tables = weights(channels)
+    word, position, kind = (offset // 4 for offset in lay_out(table.nbytes for table in tables.values()))
+    floats = (lay_out(table.nbytes for table in tables.values())[-1] + tables["type"].nbytes) // 4
+
     @T.prim_func(s_tir=True)
-    def embed(
-        ids_: T.handle, positions_: T.handle, types_: T.handle, word: T.Buffer((VOCAB, channels)),
-        position: T.Buffer((POSITIONS, channels)), kind: T.Buffer((TYPES, channels)), out_: T.handle,
+    def tokens(
+        ids_: T.handle, positions_: T.handle, types_: T.handle, segments_: T.handle, weights_: T.handle,
+        workspace_: T.handle, out_: T.handle,
     ):  # fmt: skip
-        nt = T.int64()
+        T.func_attr({"global_symbol": "main"})
+        nt, ng, blob, space = T.int64(), T.int64(), T.int64(), T.int64()
         ids = T.match_buffer(ids_, (nt, 16), "int32")
         positions = T.match_buffer(positions_, (nt, 16), "int32")
         types = T.match_buffer(types_, (nt, 16), "int32")
+        T.match_buffer(segments_, (ng, 16, 2), "int32")
+        weights = T.match_buffer(weights_, (blob,), "uint8")
+        T.match_buffer(workspace_, (space,), "uint8")
         out = T.match_buffer(out_, (nt, channels, 16))
         with T.sblock("root"):
             T.reads()
             T.writes()
+            table = T.decl_buffer((floats,), "float32", data=weights.data)
             for t in T.parallel(nt):
                 for c in T.serial(channels):
                     for i in T.serial(16):
-                        out[t, c, i] = word[ids[t, i], c] + position[positions[t, i], c] + kind[types[t, i], c]
+                        out[t, c, i] = (
+                            table[word + ids[t, i] * channels + c]
+                            + table[position + positions[t, i] * channels + c]
+                            + table[kind + types[t, i] * channels + c]
+                        )
 
     @T.prim_func(s_tir=True)
-    def total(x_: T.handle, segments_: T.handle, out_: T.handle):
-        nt = T.int64()
-        ng = T.int64()
-        x = T.match_buffer(x_, (nt, channels, 16))
+    def requests(
+        ids_: T.handle, positions_: T.handle, types_: T.handle, segments_: T.handle, weights_: T.handle,
+        workspace_: T.handle, out_: T.handle,
+    ):  # fmt: skip
+        T.func_attr({"global_symbol": "main"})
+        nt, ng, blob, space = T.int64(), T.int64(), T.int64(), T.int64()
+        ids = T.match_buffer(ids_, (nt, 16), "int32")
+        positions = T.match_buffer(positions_, (nt, 16), "int32")
+        types = T.match_buffer(types_, (nt, 16), "int32")
         segments = T.match_buffer(segments_, (ng, 16, 2), "int32")
+        weights = T.match_buffer(weights_, (blob,), "uint8")
+        workspace = T.match_buffer(workspace_, (space,), "uint8")
         out = T.match_buffer(out_, (ng, channels, 16))
         with T.sblock("root"):
             T.reads()
             T.writes()
+            table = T.decl_buffer((floats,), "float32", data=weights.data)
+            rows = T.decl_buffer((nt, channels, 16), "float32", data=workspace.data)
+            for t in T.parallel(nt):
+                for c in T.serial(channels):
+                    for i in T.serial(16):
+                        rows[t, c, i] = (
+                            table[word + ids[t, i] * channels + c]
+                            + table[position + positions[t, i] * channels + c]
+                            + table[kind + types[t, i] * channels + c]
+                        )
             for g in T.parallel(ng):
                 for i in T.serial(16):
                     for c in T.serial(channels):
                         out[g, c, i] = T.float32(0)
                         for k in T.serial(segments[g, i, 1]):
                             out[g, c, i] = (
-                                out[g, c, i] + x[(segments[g, i, 0] + k) // 16, c, (segments[g, i, 0] + k) % 16]
+                                out[g, c, i] + rows[(segments[g, i, 0] + k) // 16, c, (segments[g, i, 0] + k) % 16]
                             )
 
-    return embed, total
-
-
-def executable(channels: int = CHANNELS, per: str = "token"):
-    embed, total = _kernels(channels, per)
-    builder = relax.BlockBuilder()
-    nt, ng = tirx.Var("nt", "int64"), tirx.Var("ng", "int64")
-    tokens = [relax.Var(n, relax.TensorType((nt, 16), "int32")) for n in ("ids", "positions", "types")]
-    segments = relax.Var("segments", relax.TensorType((ng, 16, 2), "int32"))
-    tables = [relax.TensorType((rows, channels), "float32") for rows in (VOCAB, POSITIONS, TYPES)]
-    params = relax.Var("params", relax.TupleType(tables))
-    embed_var = builder.add_func(embed, "embed")
-    total_var = builder.add_func(total, "total")
-    with builder.function("main", [*tokens, segments, params]):
-        with builder.dataflow():
-            table = [builder.emit(relax.TupleGetItem(params, i)) for i in range(3)]
-            out = builder.emit(
-                relax.call_tir(embed_var, [*tokens, *table], relax.TensorType((nt, channels, 16), "float32"))
-            )
-            if per == "request":
-                out = builder.emit(
-                    relax.call_tir(total_var, [out, segments], relax.TensorType((ng, channels, 16), "float32"))
-                )
-            out = builder.emit_output(out)
-        builder.emit_func_output(out)
     target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
-    return relax.build(builder.get(), target)
+    return tvm.compile(requests if per == "request" else tokens, target)
 
 
 def padded_executable(channels: int = CHANNELS):
@@ -142,7 +148,7 @@ def padded_executable(channels: int = CHANNELS):
 
 
 def write(path: Path, per: str = "token", tokenizer: str | None = None, channels: int = CHANNELS, **changes) -> Path:
-    metadata = replace(METADATA, output=Output(per, channels), **changes)
+    metadata = replace(METADATA, output=Output(per, channels), workspace_per_tile=64 * channels, **changes)
     padded = metadata.convention == "padded"
     built = padded_executable(channels) if padded else executable(channels, per)
     write_module(built, metadata, weights(channels), tokenizer, path)

@@ -1,0 +1,225 @@
+"""Assemble kernel calls into one function, and plan the memory of everything between them.
+
+Before: ``main`` after ``lower``, nothing but ``call_tir``. After: a TIR function
+
+    main(ids, positions, token_types, segments, weights, workspace, out)
+
+that calls the kernels directly: no virtual machine, no allocation, no reference counts. ``weights`` is the blob of all
+weights; ``workspace`` is scratch memory, so many bytes per tile and so many per group of requests. Values whose lives
+do not overlap share it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import tvm
+from tvm import IRModule, relax, s_tir, tirx
+from tvm.ir import GlobalVar, PointerType, PrimType
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from .dialect import TILE
+from .graph import Graph
+
+ALIGNMENT = 64
+"""Every value starts at a multiple of this: kernels load whole cache lines."""
+
+Unit: TypeAlias = Literal["tile", "group"]
+"""What the size of a value is proportional to."""
+
+Value: TypeAlias = tuple[relax.Var, int]
+"""One tensor: an output of a kernel call, an input (output 0 of itself), or a weight (of the tuple of weights)."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes of scratch memory that ``main`` wants."""
+
+    per_tile: int
+    per_group: int
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """``module["main"]`` and its memory."""
+
+    module: IRModule
+    workspace: Workspace
+
+
+@dataclass
+class _Slot:
+    """A stretch of the workspace that values use in turn; ``size`` is in bytes per unit."""
+
+    unit: Unit
+    size: int
+    free: bool = False
+
+
+def assemble(module: IRModule, weight_offsets: Sequence[int]) -> Assembled:
+    """Assemble a lowered module whose weights stand at these bytes of the blob, in order."""
+    return _Assembly(relax.transform.LegalizeOps()(module), weight_offsets).run()
+
+
+class _Assembly:
+    def __init__(self, module: IRModule, weight_offsets: Sequence[int]) -> None:
+        self.module = module
+        self.graph = Graph(module)
+        *self.inputs, self.weights = self.graph.params
+        self.weight_offsets = weight_offsets
+        self.calls = [b for b in self.graph.bindings if isinstance(b.value, relax.Call)]
+        self.result = self.value(self.graph.result)
+        self.slots: list[_Slot] = []
+        self.subroutines: dict[GlobalVar, tuple[GlobalVar, tirx.PrimFunc, list[tirx.Var]]] = {}
+
+    def run(self) -> Assembled:
+        slots = self.plan()
+        with IRBuilder() as builder, T.prim_func():
+            T.func_name("main")
+            counts: dict[Unit, Any] = {"tile": T.int64(), "group": T.int64()}
+            shapes = {"tile": (counts["tile"], TILE), "group": (counts["group"], TILE, 2)}
+            pointers = {(p, 0): _argument(p.name, shapes[self.unit(p.ty)], "int32").data for p in self.inputs}
+            blob = _argument("weights", (T.int64(),), "uint8").data
+            scratch = _argument("workspace", (T.int64(),), "uint8").data
+            result = self.type_of(self.result)
+            out = _argument("out", (counts[self.unit(result)], shape_of_type(result)[1], TILE), "float32")
+            pointers[self.result] = out.data
+            for i, offset in enumerate(self.weight_offsets):
+                pointers[self.weights, i] = T.handle_add_byte_offset(blob, offset)
+            offsets = self.offsets(counts)
+            for value, slot in slots.items():
+                pointers[value] = T.handle_add_byte_offset(scratch, offsets[id(slot)])
+            for binding in self.calls:
+                self.emit(binding, pointers, counts)
+        main = builder.get().with_attr("global_symbol", "main")
+        functions = {GlobalVar("main"): main, **{name: func for name, func, _ in self.subroutines.values()}}
+        sizes = {unit: sum(s.size for s in self.slots if s.unit == unit) for unit in ("tile", "group")}
+        return Assembled(IRModule(functions), Workspace(sizes["tile"], sizes["group"]))
+
+    # What the graph says.
+
+    def value(self, expr: relax.Expr) -> Value:
+        """The tensor behind a variable."""
+        expr = self.graph.source(expr)
+        item = self.graph.values.get(expr)
+        if isinstance(item, relax.TupleGetItem):
+            return self.graph.source(item.tuple_value), int(item.index)
+        return expr, 0
+
+    def type_of(self, value: Value) -> relax.TensorType:
+        var, index = value
+        return var.ty.fields[index] if isinstance(var.ty, relax.TupleType) else var.ty
+
+    def unit(self, ty: relax.TensorType) -> Unit:
+        return "tile" if ty.shape[0].same_as(self.inputs[0].ty.shape[0]) else "group"
+
+    def made(self, binding: relax.VarBinding) -> list[Value]:
+        """The tensors that a kernel call writes."""
+        count = len(binding.var.ty.fields) if isinstance(binding.var.ty, relax.TupleType) else 1
+        return [(binding.var, i) for i in range(count)]
+
+    def read(self, binding: relax.VarBinding) -> list[Value]:
+        """The tensors that a kernel call reads."""
+        return [self.value(a) for a in binding.value.args[1].fields]
+
+    # Memory.
+
+    def plan(self) -> dict[Value, _Slot]:
+        """Give every value between two kernels a slot; a slot is free again after its value's last reader."""
+        last = {value: i for i, binding in enumerate(self.calls) for value in self.read(binding)}
+        slots: dict[Value, _Slot] = {}
+        for i, binding in enumerate(self.calls):
+            made = [value for value in self.made(binding) if value != self.result]
+            for value in made:
+                slots[value] = self.take(self.type_of(value))
+            for value in {*self.read(binding), *made}:
+                if value in slots and last.get(value, i) == i:
+                    slots[value].free = True
+        return slots
+
+    def take(self, ty: relax.TensorType) -> _Slot:
+        """Take the free slot that fits best, or a new one."""
+        unit, shape = self.unit(ty), shape_of_type(ty)
+        size = math.prod(shape[1:]) * tvm.DataType(str(ty.dtype)).bits // 8
+        size += -size % ALIGNMENT
+        free = [slot for slot in self.slots if slot.free and slot.unit == unit]
+        if free:
+            slot = min(free, key=lambda s: (max(0, size - s.size), s.size))
+            slot.size, slot.free = max(slot.size, size), False
+        else:
+            slot = _Slot(unit, size)
+            self.slots.append(slot)
+        return slot
+
+    def offsets(self, counts: Mapping[Unit, Any]) -> dict[int, Any]:
+        """Where each slot starts in the workspace, by identity: first those per tile, then those per group."""
+        found: dict[int, Any] = {}
+        before: Any = 0
+        for unit in ("tile", "group"):
+            size = 0
+            for slot in self.slots:
+                if slot.unit == unit:
+                    found[id(slot)] = before + counts[unit] * size
+                    size += slot.size
+            before = before + counts[unit] * size
+        return found
+
+    # Code.
+
+    def emit(self, binding: relax.VarBinding, pointers: Mapping[Value, Any], counts: Mapping[Unit, Any]) -> None:
+        """Call a kernel: the addresses of its tensors, then the sizes it does not know."""
+        name, _func, symbols = self.subroutine(binding.value.args[0])
+        values = [*self.read(binding), *self.made(binding)]
+        sizes: dict[tirx.Var, Any] = {}
+        kernel = self.module[binding.value.args[0]]
+        for parameter, value in zip(kernel.params, values, strict=True):
+            ty = self.type_of(value)
+            for wanted, given in zip(parameter.ty.shape, shape_of_type(ty), strict=True):
+                if isinstance(wanted, tirx.Var):
+                    sizes[wanted] = tirx.const(given, "int64") if isinstance(given, int) else counts[self.unit(ty)]
+        T.evaluate(tvm.ir.Call(name, [*(pointers[v] for v in values), *(sizes[s] for s in symbols)]))
+
+    def subroutine(self, kernel: GlobalVar) -> tuple[GlobalVar, tirx.PrimFunc, list[tirx.Var]]:
+        """A kernel as a function of addresses and sizes, made once."""
+        if kernel not in self.subroutines:
+            self.subroutines[kernel] = (GlobalVar(kernel.name_hint), *_by_address(self.module[kernel]))
+        return self.subroutines[kernel]
+
+
+def shape_of_type(ty: relax.TensorType) -> list[Any]:
+    """Dimensions of a tensor type: Python ints where they are known, TIR expressions elsewhere."""
+    return [int(d) if isinstance(d, tirx.IntImm) else d for d in ty.shape]
+
+
+def _argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
+    return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
+
+
+def _by_address(kernel: tirx.PrimFunc) -> tuple[tirx.PrimFunc, list[tirx.Var]]:
+    """A kernel that takes tensors as one that takes their addresses and then its symbolic sizes; returns those too."""
+    symbols = list({d: None for p in kernel.params for d in p.ty.shape if isinstance(d, tirx.Var)})
+    addresses = [tirx.Var(p.name, PointerType(PrimType(str(p.ty.dtype)))) for p in kernel.params]
+    views = [tirx.DeclBuffer(p, data=a) for p, a in zip(kernel.params, addresses, strict=True)]
+    root = kernel.body
+    block = root.block
+    body = s_tir.SBlock(
+        block.iter_vars,
+        block.reads,
+        block.writes,
+        block.name_hint,
+        tirx.SeqStmt([*views, block.body]),
+        block.init,
+        block.alloc_buffers,
+        block.match_buffers,
+        block.annotations,
+    )
+    statements: Any = s_tir.SBlockRealize(root.iter_values, root.predicate, body)
+    # The return value is the error code that a parallel region may give.
+    statements = tirx.SeqStmt([statements, tirx.stmt.Return(tirx.const(0, "int32"))])
+    function = tirx.PrimFunc([*addresses, *symbols], statements, ret_type=PrimType("int32"))
+    kept = {k: v for k, v in kernel.attrs.items() if k != "global_symbol"}
+    return function.with_attrs(kept), symbols

@@ -1,0 +1,46 @@
+from execute import program
+from graphs import build, encoder_layer, requests
+from whet.passes.assemble import Workspace, assemble
+from whet.passes.pipeline import Options, run_pipeline
+from whet.passes.quantise import QuantisationConfig
+from whet.progress import Silent
+from whet.schedules.isa import isa
+
+ISA = isa("avx2")
+
+
+def lowered(write):
+    batch = requests(20, 30)
+    options = Options(ISA, max_length=64, max_tokens=128, quantisation=QuantisationConfig())
+    return run_pipeline(build(write), options, batch, [b * 0 for b in batch], Silent()).lowered
+
+
+def test_values_that_live_at_different_times_share_memory():
+    def chain(b):
+        h = b.embed(64)
+        for i in range(6):
+            h = b.dense(h, 64, f"layer{i}")
+        return h
+
+    module = lowered(chain)
+    assembled = assemble(module.module, [64 * i for i in range(len(module.weights))])
+    # The embedding's tiles, which nobody reads, and its quads; all later values take turns in those two places.
+    tiles, quads = 64 * 16 * 4, 64 * 16
+    assert assembled.workspace == Workspace(per_tile=tiles + quads, per_group=0)
+
+
+def test_a_residual_stays_where_it_is_until_it_is_read():
+    run = program(lowered(lambda b: encoder_layer(b, 64, 2, 128)), ISA)
+    batch = requests(33, 5)
+    first = run(batch, False)
+    assert (run(batch, False) == first).all()  # from memory full of the values of the last call, or of 0xA5
+
+
+def test_a_kernel_is_there_once():
+    def twice(b):
+        return b.dense(b.dense(b.dense(b.embed(64), 64, "one"), 64, "two"), 64, "three")
+
+    module = lowered(twice)
+    assembled = assemble(module.module, [0] * len(module.weights))
+    names = sorted(v.name_hint for v in assembled.module.get_global_vars())
+    assert names == ["dense_i8_64x64_quads", "dense_i8_64x64_tiles", "embed", "main"]

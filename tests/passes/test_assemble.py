@@ -3,8 +3,9 @@ from graphs import build, encoder_layer, requests
 from whet.passes.assemble import Workspace, assemble
 from whet.passes.pipeline import Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
-from whet.progress import Silent
 from whet.schedules.isa import isa
+
+from whet.progress import Silent
 
 ISA = isa("avx2")
 

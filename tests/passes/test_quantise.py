@@ -25,7 +25,7 @@ def dense_attributes(module):
 
 def test_every_layer_of_an_encoder_becomes_integer():
     module = fused(layer)
-    quantised = quantise(module, QuantisationConfig(), requests(20, 31, 5))
+    quantised = quantise(module, QuantisationConfig(activations="static"), requests(20, 31, 5))
     assert all("x_scale" in a for a in dense_attributes(quantised).values())
     attention = next(b.value for b in Graph(quantised).bindings if is_call(b.value, dialect.SELF_ATTENTION))
     assert set(attributes(attention)) == {"heads", "scale", "q_scale", "k_scale", "v_scale"}
@@ -48,7 +48,7 @@ def test_small_heads_and_layers_per_request_stay_float():
         pooled = b.emit(dialect.pool(h, b.segments, mode="cls"), "pooled")
         return b.dense(pooled, 64, "classifier")
 
-    found = dense_attributes(quantise(build(write), QuantisationConfig(), requests(20)))
+    found = dense_attributes(quantise(build(write), QuantisationConfig(activations="static"), requests(20)))
     assert ["x_scale" in found[n] for n in ("wide", "classifier")] == [True, False]
 
 
@@ -73,7 +73,7 @@ def test_weights_round_symmetrically_and_keep_zeros():
 
 
 def test_configuration_round_trips_and_refuses_nonsense():
-    config = QuantisationConfig(activations="per_token", method="percentile", percentile=99.9)
+    config = QuantisationConfig(activations="static", method="percentile", percentile=99.9)
     assert QuantisationConfig.from_json(config.to_json()) == config
     for bad in ({"activations": "dynamic"}, {"method": "kl"}, {"percentile": 20.0}, {"version": 2}):
         with pytest.raises(ValueError, match=next(iter(bad))):

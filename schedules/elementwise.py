@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from whet.schedules.gemm import named, parameter
-from whet.schedules.isa import TILE, Isa, pack4, quantize, splat, view
+from whet.schedules.isa import TILE, Isa, quantize4, splat, view
 from whet.schedules.vector_math import ACTIVATIONS
 
 QUAD = 4
@@ -90,7 +90,7 @@ def words(quads: Any) -> Any:
 
 def quantize_rows(rows: Sequence[Any], inverse: Any, zero: Any, isa: Isa) -> Any:
     """Four float32 vectors, the channels of a quad, to one int32 vector of quads."""
-    return pack4([quantize(row, inverse, zero, isa.lanes) for row in rows], isa.lanes)
+    return quantize4(rows, inverse, zero, isa.lanes)
 
 
 def token_range(low: Any, high: Any, isa: Isa) -> tuple[Any, Any, Any]:

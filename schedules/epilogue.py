@@ -11,8 +11,8 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.gemm import Block, named, parameter
-from whet.schedules.isa import TILE, Isa, clamp, fma, pack4, quantize, round_int, splat, view
-from whet.schedules.vector_math import ACTIVATIONS
+from whet.schedules.isa import TILE, Isa, clamp, fma, quantize4, round4, round_int, splat, view
+from whet.schedules.vector_math import ACTIVATIONS, ROUGH_ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Epilogue:
 
     def _finished(self, total: Any, row: Any, of_row: tuple[Any, ...], where: Any) -> Any:
         """Value of one vector of a row, after activation and residual."""
-        y = ACTIVATIONS[self.layer.activation](self._value(total, of_row, where), self.isa.lanes)
+        rough = self.layer.output == "quads" and self.layer.weight != "f32"
+        activation = (ROUGH_ACTIVATIONS if rough else ACTIVATIONS)[self.layer.activation]
+        y = activation(self._value(total, of_row, where), self.isa.lanes)
         if self.layer.residual:
             y = y + self.residual[where[0], row, where[1]]
         return T.Bind(y)
@@ -101,7 +103,7 @@ class Epilogue:
     def _store_quad(self, row: Any, where: Any, values: list[Any]) -> None:
         lanes = self.isa.lanes
         inverse, zero = (splat(self.requant[i], lanes) for i in (0, 1))
-        packed = pack4([quantize(y, inverse, zero, lanes) for y in values], lanes)
+        packed = quantize4(values, inverse, zero, lanes)
         T.buffer_store(_words(self.outputs[0]), packed, [where[0], row // QUAD, where[1]])
 
     def _store_head(self, row: Any, where: Any, values: list[Any]) -> None:
@@ -110,22 +112,17 @@ class Epilogue:
         hidden = self.layer.out_features // 3
         q, k, v = self.outputs
 
-        def signed(y: Any) -> Any:
-            return round_int(clamp(y, -127, 127, lanes), lanes)
-
         with T.If(row < hidden):
             with T.Then():
-                one, zero = splat(1.0, lanes), splat(128.0, lanes)
-                packed = pack4([quantize(y, one, zero, lanes) for y in values], lanes)
+                packed = round4([y + splat(128.0, lanes) for y in values], lanes)
                 T.buffer_store(_words(q), packed, [where[0], row // QUAD, where[1]])
             with T.Else(), T.If(row < 2 * hidden):
                 with T.Then():
-                    low = splat(255, lanes, "int32")
-                    packed = pack4([signed(y) & low for y in values], lanes)
+                    packed = round4(values, lanes, signed=True)
                     T.buffer_store(_words(k), packed, [where[0], (row - hidden) // QUAD, where[1]])
                 with T.Else():
                     for i, y in enumerate(values):
-                        narrow = T.cast(signed(y), f"int8x{lanes}")
+                        narrow = T.cast(round_int(clamp(y, -128, 127, lanes), lanes), f"int8x{lanes}")
                         T.buffer_store(v, narrow, [where[0], row - 2 * hidden + i, where[1]])
 
 

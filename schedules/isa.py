@@ -165,11 +165,6 @@ def round_int(x: Any, lanes: int) -> Any:
     return T.call_llvm_pure_intrin(f"int32x{lanes}", "llvm.lrint", x)
 
 
-def quantize(y: Any, inv_scale: Any, zero: Any, lanes: int) -> Any:
-    """``clamp(round_half_even(y · inv_scale + zero), 0, 255)`` as an int32 vector; arguments are float32 vectors."""
-    return round_int(clamp(fma(y, inv_scale, zero), 0, 255, lanes), lanes)
-
-
 def pack4(rows: Sequence[Any], lanes: int) -> Any:
     """Pack four int32 vectors, each lane in 0…255, into the bytes of one, the first in the low byte."""
 
@@ -177,3 +172,28 @@ def pack4(rows: Sequence[Any], lanes: int) -> Any:
         return T.shift_left(row, splat(bits, lanes, "int32"))
 
     return (shifted(rows[3], 24) | shifted(rows[2], 16)) | (shifted(rows[1], 8) | rows[0])
+
+
+def round4(rows: Sequence[Any], lanes: int, *, signed: bool = False) -> Any:
+    """Round four float32 vectors to bytes, halves to even, and pack them into one int32 vector, the first lowest.
+
+    What uint8 (int8 if ``signed``) can't hold saturates; values from 2³¹ and NaN become the smallest. The packing
+    instructions leave, in each 128 bits, four lanes of the first row, then four of the second…: a shuffle sorts them.
+    """
+    half, byte = f"int16x{2 * lanes}", f"int8x{4 * lanes}"
+
+    def instruction(dtype: str, name: str, *args: Any) -> Any:
+        full = f"avx512.{name}.512" if lanes == 16 else f"avx2.{name}"
+        return T.call_llvm_pure_intrin(dtype, f"llvm.x86.{full}", *args)
+
+    a, b, c, d = (round_int(row, lanes) for row in rows)
+    halves = [instruction(half, "packssdw", *pair) for pair in ((a, b), (c, d))]
+    packed = instruction(byte, "packsswb" if signed else "packuswb", *halves)
+    first_of_each = [T.int32(0x0C080400 + 0x01010101 * (lane % 4)) for lane in range(lanes)]
+    order = tvm.tirx.Shuffle(first_of_each, [T.int32(lane) for lane in range(lanes)])
+    return T.reinterpret(f"int32x{lanes}", instruction(byte, "pshuf.b", packed, T.reinterpret(byte, order)))
+
+
+def quantize4(rows: Sequence[Any], inverse: Any, zero: Any, lanes: int) -> Any:
+    """Requantise: ``clamp(round_half_even(y · inverse + zero), 0, 255)`` of four float32 vectors, packed into one."""
+    return round4([fma(y, inverse, zero) for y in rows], lanes)

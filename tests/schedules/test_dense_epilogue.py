@@ -60,8 +60,8 @@ def expected(spec, y, rest):
     q, k, v = np.split(y, 3, axis=1)
     return [
         to_quads(clamped(q + 128, 0, 255, np.uint8)),
-        to_quads(clamped(k, -127, 127, np.int8)),
-        clamped(v, -127, 127, np.int8),
+        to_quads(clamped(k, -128, 127, np.int8)),
+        clamped(v, -128, 127, np.int8),
     ]
 
 
@@ -102,3 +102,14 @@ def test_quantised_outputs_saturate_and_round_halves_to_even():
         np.testing.assert_array_equal(got[0, 0, :, 0], np.rint(rows[0, 0] / 2))
         assert (got[0, 0, :, 1] == 255).all()
         assert (got[0, 0, :, 2:] == 0).all()
+
+
+def test_heads_saturate():
+    """Q as uint8 around 128, K and V as int8."""
+    weight, rows = np.zeros((12, 4), np.int8), np.zeros((1, 4, 16), np.uint8)
+    bias = np.tile(np.array([1e9, -1e9, 130, -0.5], np.float32), 3)
+    for isa in RUNNABLE:
+        q, k, v = run(DenseSpec(12, 4, "i8", output="heads"), isa, weight, to_quads(rows), [np.ones(12, "f4"), bias])
+        assert (q == [255, 0, 255, 128]).all()
+        assert (k == [127, -128, 127, 0]).all()
+        assert (v == np.array([127, -128, 127, 0])[:, None]).all()

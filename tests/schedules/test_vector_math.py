@@ -1,5 +1,6 @@
 """Every vector function against the exact one, densely over its range; both vector widths give the same bits."""
 
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -104,6 +105,8 @@ def gelu_tanh(x):
     [
         (vector_math.gelu, gelu, 1e-6),
         (vector_math.gelu_tanh, gelu_tanh, 1e-6),
+        (vector_math.rough_gelu, gelu, 1.5e-4),
+        (partial(vector_math.rough_gelu, kind="tanh"), gelu_tanh, 1.5e-4),
         (vector_math.tanh, np.tanh, 3e-7),
         (vector_math.relu, lambda x: np.maximum(x, 0), 0),
     ],

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 import whet
@@ -87,6 +88,30 @@ def test_block_sparse_layers_are_found_and_right(compiled):
     assert all(layer.zeros >= 0.74 for layer in report.layers)
     out = run(session, expected("bert-token"))
     assert np.isfinite(out).all() and out.std() > 0
+
+
+class TestOnnx:
+    """ONNX files against ONNX Runtime: one that is recognised, and one that runs as plain operators."""
+
+    @pytest.mark.parametrize(("name", "recognised"), [("token-ts14", True), ("mpnet-ts17", False)])
+    def test_answers_are_those_of_onnx_runtime(self, compiled, name, recognised):
+        path = REFERENCES / "onnx" / f"{name}.onnx"
+        session, report = compiled(path, "fp32")
+        assert report.recognised == recognised
+        ids = np.random.default_rng(0).integers(5, session.metadata.vocab_size, (3, 9))
+        mask = np.ones_like(ids)
+        mask[1, 4:] = 0
+        peer = onnxruntime.InferenceSession(path)
+        given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        wanted = [i.name for i in peer.get_inputs()]
+        expected = peer.run(None, {n: given[n] for n in wanted})[0]
+        got = session.run(ids, mask)
+        np.testing.assert_allclose(got[mask == 1], expected[mask == 1], atol=1e-4)
+
+    def test_int8_of_a_plain_graph_is_fp32_and_says_so(self, compiled):
+        session, report = compiled(REFERENCES / "onnx" / "mpnet-ts17.onnx", "int8")
+        assert session.metadata.precision == "fp32"
+        assert any("plain" in note for note in report.notes)
 
 
 class TestMiniLM:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from whet.schedules import dense_amx, dense_f32, dense_i8, sparse_i8
 from whet.schedules.dense_spec import BLOCK_ROWS, DenseSpec, Output, Weight
 from whet.schedules.gemm import Blocking
@@ -28,7 +29,7 @@ class DenseKernel:
     isa: Isa
     knobs: Blocking
     func: Any
-    pack: Callable[[np.ndarray], list[np.ndarray]]
+    pack: Callable[[NDArray[Any]], list[NDArray[Any]]]
     """From a weight (N, K), float32 or int8, to the packed arrays in the order that ``func`` takes them."""
 
 
@@ -40,11 +41,11 @@ def dense(spec: DenseSpec, isa: Isa, knobs: Blocking | None = None) -> DenseKern
     knobs = knobs or family.default_knobs(spec, isa)
     dtype = np.dtype(np.float32 if spec.weight == "f32" else np.int8)
 
-    def pack(weight: np.ndarray) -> list[np.ndarray]:
+    def pack(weight: NDArray[Any]) -> list[NDArray[Any]]:
         expected = (spec.out_features, spec.in_features)
         if weight.shape != expected or weight.dtype != dtype:
             raise ValueError(f"weight is {weight.dtype} {weight.shape}; expected {dtype} {expected}")
-        packed: list[np.ndarray] = family.pack(weight, spec, knobs)
+        packed: list[NDArray[Any]] = family.pack(weight, spec, knobs)
         return packed
 
     return DenseKernel(spec, isa, knobs, family.kernel(spec, isa, knobs), pack)

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from whet.schedules.dense_spec import QUAD, DenseSpec
@@ -37,7 +38,7 @@ def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     return Blocking(rows=2 * ROWS, tiles=2, chains=1, chunk=96)
 
 
-def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarray]:
+def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray[Any]]:
     """``(N, K)`` to ``(passes, K / 4 / depth, rows / 16, 16, depth, 4)``: tile registers in the order of their use."""
     rows, depth = knobs.rows, _depth(spec)
     padded = np.zeros((math.ceil(spec.out_features / rows) * rows, spec.in_features), np.int8)
@@ -122,7 +123,7 @@ class _Registers:
         return T.int8(self.rows * self.tokens + self.rows + token)
 
 
-def _configuration(registers: _Registers, depth: int) -> np.ndarray:
+def _configuration(registers: _Registers, depth: int) -> NDArray[Any]:
     """Build the 64 bytes of LDTILECFG as 8 words: palette 1, then bytes per row and rows of each tile register."""
     sums, rows, tokens = registers.rows * registers.tokens, registers.rows, registers.tokens
     data = np.zeros(64, np.uint8)

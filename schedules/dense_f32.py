@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from whet.schedules.dense_spec import DenseSpec
@@ -34,12 +35,12 @@ def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     return Blocking(rows=6, tiles=1, chains=12, chunk=64)
 
 
-def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarray]:
+def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray[Any]]:
     """``(N, K)`` to ``(ceil(N / rows), K, rows)``: what one step of a pass broadcasts lies together."""
     return [interleave(weight[:, :, None], knobs.rows)[..., 0]]
 
 
-def interleave(weight: np.ndarray, rows: int) -> np.ndarray:
+def interleave(weight: NDArray[Any], rows: int) -> NDArray[Any]:
     """``(N, steps, item)`` to ``(ceil(N / rows), steps, rows, item)``, with rows of zeros at the end."""
     n, steps, item = weight.shape
     padded = np.zeros((math.ceil(n / rows) * rows, steps, item), weight.dtype)

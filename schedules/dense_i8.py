@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from whet.schedules.dense_f32 import interleave
@@ -35,7 +35,7 @@ def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     return Blocking(rows=6 if isa.dot == "madd" else 4, tiles=1, chains=8, chunk=64)
 
 
-def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarray]:
+def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray[Any]]:
     """``(N, K)`` to ``(ceil(N / rows), K / 4, rows, 4)``: what one step of a pass broadcasts lies together."""
     return [interleave(weight.reshape(spec.out_features, -1, QUAD), knobs.rows)]
 

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from whet.schedules.dense_spec import QUAD, DenseSpec
@@ -47,7 +48,7 @@ def padding(block_rows: int) -> int:
     return 4 if block_rows == 1 else 2
 
 
-def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarray]:
+def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray[Any]]:
     """``(N, K)`` to five arrays: bounds, order, indptr, index, blocks.
 
     Whole groups are computed in ascending order of their number of blocks: the branch at the end of a reduction is
@@ -61,7 +62,7 @@ def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarra
     padded = np.zeros((math.ceil(n / rows) * rows, k), np.int8)
     padded[:n] = weight
     blocks = padded.reshape(-1, rows, k // QUAD, QUAD).transpose(0, 2, 1, 3)
-    present: np.ndarray = np.asarray(blocks.any(axis=(2, 3)))
+    present: NDArray[Any] = np.asarray(blocks.any(axis=(2, 3)))
 
     whole, per_group = n // group, group // rows
     counts = present.sum(1)
@@ -81,7 +82,7 @@ def pack(weight: np.ndarray, spec: DenseSpec, knobs: Blocking) -> list[np.ndarra
     return [bounds, order.astype(np.int32) if whole else np.zeros(1, np.int32), indptr.astype(np.int32), index, values]
 
 
-def _balanced(work: np.ndarray, chunks: int) -> np.ndarray:
+def _balanced(work: NDArray[Any], chunks: int) -> NDArray[Any]:
     """Positions that cut ``work`` into chunks of about the same sum; a group costs a little even without blocks."""
     total = np.concatenate([[0], np.cumsum(work + 2)])
     return np.searchsorted(total, np.linspace(0, total[-1], chunks + 1)).astype(np.int32)

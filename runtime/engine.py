@@ -44,7 +44,7 @@ class Engine:
             request_amx()
         self._library = _load_library(artifact)
         packed = self.metadata.convention == "packed"
-        self._main = self._library["main"] if packed else None
+        self._main: Any = self._library["main"] if packed else None
         self._weights = (
             tvm_ffi.from_dlpack(artifact.blob())
             if packed

@@ -289,7 +289,7 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
     quantisation.add_argument(
         "--activations",
         choices=["static", "per_token"],
-        help="per token: inputs that come from a layer norm have a scale of each token's own (default, closer to fp32); "
+        help="per token: inputs that come from a layer norm have a scale per token (default, closer to fp32); "
         "static: one calibrated scale per layer (about 1 %% faster)",
     )
     sub.add_argument("--explain", action="store_true", help="print the decision for every layer")

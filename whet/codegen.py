@@ -27,7 +27,6 @@ def _pipeline() -> tuple[tvm.transform.Pass, Any, Any]:
 
 
 def _allocate_on_cpu() -> tvm.transform.Pass:
-    @tirx.transform.prim_func_pass(opt_level=0, name="AllocateOnCpu")
     def allocate_on_cpu(function: tirx.PrimFunc, _module: IRModule, _context: Any) -> tirx.PrimFunc:
         if "global_symbol" in function.attrs:
             return function
@@ -36,7 +35,7 @@ def _allocate_on_cpu() -> tvm.transform.Pass:
             body = tirx.AttrStmt("default", key, tirx.const(value, "int32"), body)
         return function.with_body(body)
 
-    return allocate_on_cpu
+    return tirx.transform.prim_func_pass(allocate_on_cpu, opt_level=0, name="AllocateOnCpu")
 
 
 PIPELINE_MAP["whet"] = _pipeline

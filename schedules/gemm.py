@@ -114,7 +114,9 @@ def accumulate(
     expression is a multiple of ``multiple``.
     """
     columns = work.tiles * isa.parts
-    splits = max(1, min(4, blocking.chains // (work.rows * columns)))
+    # Sums of floats are split as the most tiles are, so that a token's sum never depends on how many tiles there are.
+    chains_of_one = work.rows * isa.parts * (blocking.tiles if dtype == "float32" else work.tiles)
+    splits = max(1, min(4, blocking.chains // chains_of_one))
     if not isinstance(length, int):
         splits = math.gcd(splits, multiple)
     zero = splat(0.0 if dtype == "float32" else 0, isa.lanes, dtype)

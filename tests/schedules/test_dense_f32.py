@@ -36,6 +36,17 @@ def test_epilogue(isa, output):
         assert (off != 0).mean() < 0.01
 
 
+def test_a_token_gets_the_same_bits_however_many_tiles_there_are():
+    rng = np.random.default_rng(2)
+    spec = DenseSpec(50, 300, "f32")
+    weight, bias = rng.normal(size=(50, 300)).astype(np.float32), rng.normal(size=50).astype(np.float32)
+    x = rng.normal(size=(7, 300, 16)).astype(np.float32)
+    for isa in RUNNABLE:
+        every = run(spec, isa, weight, x, [bias])
+        for tiles in range(1, 7):
+            np.testing.assert_array_equal(run(spec, isa, weight, x[:tiles], [bias]), every[:tiles])
+
+
 def test_instruction_sets_agree():
     rng = np.random.default_rng(1)
     spec = DenseSpec(50, 67, "f32")

@@ -2,7 +2,7 @@ r"""Serve embeddings from a compiled module, on a machine without Whet's compile
 
 What that machine needs:
 
-    pip install whet            # without extras: numpy, tokenizers and apache-tvm-ffi, a few MB each
+    pip install .               # in a clone of Whet; brings numpy, tokenizers and apache-tvm-ffi, a few MB each
     model.so                    # what whet.compile wrote
     libtvm_runtime.so           # 3 MB, beside model.so; on the compiling machine it lies in the folder that
                                 # python -c "import tvm; print(tvm.__path__[0] + '/lib')" prints

@@ -1,6 +1,7 @@
 """The rooms of the house: what the files of each may import."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,15 @@ def test_every_pass_has_a_test():
     assert len(passes) > 8
     for path in passes:
         assert f"from whet.passes.{path.stem} import" in tests, f"{path} has no test"
+
+
+def test_every_room_is_installed():
+    """An editable installation finds a package that pyproject.toml forgot; a wheel does not have it."""
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^packages = \[(.*)\]$", project, re.M)[1]
+    folders = [p.parent.relative_to(ROOT) for p in ROOT.glob("[a-z]*/**/__init__.py")]
+    packages = [f for f in folders if f.parts[0] not in ("build", "tests", "whet")]
+    assert len(packages) > 4
+    for folder in packages:
+        name = f'"{".".join(["whet", *folder.parts])}"'
+        assert name in listed and f'\n{name} = "{folder}"\n' in project

@@ -1,7 +1,7 @@
 """Whet compiles a distilled transformer encoder into one loadable ``.so`` that runs on a CPU as block-sparse int8.
 
 >>> import whet
->>> whet.compile("path/to/model", output="model.so")  # needs whet[compile]
+>>> whet.compile("path/to/model", output="model.so")  # needs the extra compile
 >>> whet.load("model.so").encode(["one sentence", "another one"])  # needs nothing but whet
 """
 
@@ -31,6 +31,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in ("tvm", "onnx", "safetensors"):
             raise ImportError(
-                f"whet.{name} needs the compiler ({error.name} is not installed): pip install 'whet[compile]'"
+                f"whet.{name} needs the compiler ({error.name} is not installed): "
+                "pip install '.[compile]' in a clone of Whet"
             ) from error
         raise

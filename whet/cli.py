@@ -45,7 +45,7 @@ class _Names:
         try:
             return iter(self._names())
         except ModuleNotFoundError:
-            return iter(["names that whet[compile] knows"])
+            return iter(["names that the compiler knows"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _message(error: Exception) -> str:
     """One line for people."""
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _COMPILER_PACKAGES:
-        return f"this needs the compiler ({error.name} is not installed): pip install 'whet[compile]'"
+        return f"this needs the compiler ({error.name} is not installed): pip install '.[compile]' in a clone of Whet"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split()) or "no message"

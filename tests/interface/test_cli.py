@@ -116,7 +116,7 @@ def test_without_the_compiler_the_error_says_what_to_install(run, monkeypatch):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tvm", None)
     code, _, err = run("compile", "m", "-o", "m.so", "--isa", "avx2")
-    assert code == 1 and "pip install 'whet[compile]'" in err
+    assert code == 1 and "pip install '.[compile]'" in err
     assert run("compile", "--help")[0] == 0
 
 

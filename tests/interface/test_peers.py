@@ -8,7 +8,7 @@ from whet.passes.interpret import interpret
 from whet.onnx_export import export_onnx
 from whet.peers import PEERS, Missing, Peer, _chosen, _output, make_peers, onnx_file
 
-pytest.importorskip("onnx", reason="onnx is not installed: it comes with whet[compile]")
+pytest.importorskip("onnx", reason="onnx is not installed: it comes with Whet's extra compile")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ Before: ``main`` after ``lower``, nothing but ``call_tir``. After: a TIR functio
 
 that calls the kernels directly: no virtual machine, no allocation, no reference counts. ``weights`` is the blob of all
 weights; ``workspace`` is scratch memory, so many bytes per tile and so many per group of requests. Values whose lives
-do not overlap share it.
+do not overlap share it. A kernel runs in parallel only from the number of tiles on at which that pays.
 """
 
 from __future__ import annotations
@@ -27,6 +27,14 @@ from .graph import Graph
 
 ALIGNMENT = 64
 """Every value starts at a multiple of this: kernels load whole cache lines."""
+
+READS_ALL_WEIGHTS = "whet.reads_all_weights"
+"""Attribute of a kernel that reads its weights from end to end for every tile (and does not look rows up in tables)."""
+
+NANOSECONDS_PER_BYTE = 0.046
+"""Time a core takes per tile for each byte of weights (int8: 16 multiply-adds at 350 G/s) or of results."""
+REGION_NANOSECONDS = 12_000
+"""Work from which a parallel region pays: starting and ending one takes about 4 µs."""
 
 Unit: TypeAlias = Literal["tile", "group"]
 """What the size of a value is proportional to."""
@@ -74,7 +82,7 @@ class _Assembly:
         self.calls = [b for b in self.graph.bindings if isinstance(b.value, relax.Call)]
         self.result = self.value(self.graph.result)
         self.slots: list[_Slot] = []
-        self.subroutines: dict[GlobalVar, tuple[GlobalVar, tirx.PrimFunc, list[tirx.Var]]] = {}
+        self.subroutines: dict[tuple[GlobalVar, bool], tuple[GlobalVar, tirx.PrimFunc]] = {}
 
     def run(self) -> Assembled:
         slots = self.plan()
@@ -96,7 +104,7 @@ class _Assembly:
             for binding in self.calls:
                 self.emit(binding, pointers, counts)
         main = builder.get().with_attr("global_symbol", "main")
-        functions = {GlobalVar("main"): main, **{name: func for name, func, _ in self.subroutines.values()}}
+        functions = {GlobalVar("main"): main, **dict(self.subroutines.values())}
         sizes = {unit: sum(s.size for s in self.slots if s.unit == unit) for unit in ("tile", "group")}
         return Assembled(IRModule(functions), Workspace(sizes["tile"], sizes["group"]))
 
@@ -143,8 +151,7 @@ class _Assembly:
 
     def take(self, ty: relax.TensorType) -> _Slot:
         """Take the free slot that fits best, or a new one."""
-        unit, shape = self.unit(ty), shape_of_type(ty)
-        size = math.prod(shape[1:]) * tvm.DataType(str(ty.dtype)).bits // 8
+        unit, size = self.unit(ty), _bytes(ty, of_unit=True)
         size += -size % ALIGNMENT
         free = [slot for slot in self.slots if slot.free and slot.unit == unit]
         if free:
@@ -172,22 +179,43 @@ class _Assembly:
 
     def emit(self, binding: relax.VarBinding, pointers: Mapping[Value, Any], counts: Mapping[Unit, Any]) -> None:
         """Call a kernel: the addresses of its tensors, then the sizes it does not know."""
-        name, _func, symbols = self.subroutine(binding.value.args[0])
+        kernel = binding.value.args[0]
         values = [*self.read(binding), *self.made(binding)]
         sizes: dict[tirx.Var, Any] = {}
-        kernel = self.module[binding.value.args[0]]
-        for parameter, value in zip(kernel.params, values, strict=True):
+        for parameter, value in zip(self.module[kernel].params, values, strict=True):
             ty = self.type_of(value)
             for wanted, given in zip(parameter.ty.shape, shape_of_type(ty), strict=True):
                 if isinstance(wanted, tirx.Var):
                     sizes[wanted] = tirx.const(given, "int64") if isinstance(given, int) else counts[self.unit(ty)]
-        T.evaluate(tvm.ir.Call(name, [*(pointers[v] for v in values), *(sizes[s] for s in symbols)]))
+        arguments = [*(pointers[v] for v in values), *(sizes[s] for s in _symbols(self.module[kernel]))]
 
-    def subroutine(self, kernel: GlobalVar) -> tuple[GlobalVar, tirx.PrimFunc, list[tirx.Var]]:
-        """A kernel as a function of addresses and sizes, made once."""
-        if kernel not in self.subroutines:
-            self.subroutines[kernel] = (GlobalVar(kernel.name_hint), *_by_address(self.module[kernel]))
-        return self.subroutines[kernel]
+        def call(parallel: bool) -> None:
+            T.evaluate(tvm.ir.Call(self.subroutine(kernel, parallel), arguments))
+
+        least = self.pays_from(binding)
+        if least <= 1:
+            call(parallel=True)
+            return
+        with T.If(counts["tile"] < least):
+            with T.Then():
+                call(parallel=False)
+            with T.Else():
+                call(parallel=True)
+
+    def pays_from(self, binding: relax.VarBinding) -> int:
+        """Number of tiles from which the kernel is worth a parallel region."""
+        counted = self.made(binding)
+        if self.module[binding.value.args[0]].attrs.get(READS_ALL_WEIGHTS):
+            counted = counted + [value for value in self.read(binding) if value[0].same_as(self.weights)]
+        size = sum(_bytes(self.type_of(value), of_unit=value[0] is not self.weights) for value in counted)
+        return math.ceil(REGION_NANOSECONDS / (NANOSECONDS_PER_BYTE * size))
+
+    def subroutine(self, kernel: GlobalVar, parallel: bool) -> GlobalVar:
+        """A kernel as a function of addresses and sizes, made once each for parallel and serial use."""
+        if (kernel, parallel) not in self.subroutines:
+            name = kernel.name_hint if parallel else kernel.name_hint + "_serial"
+            self.subroutines[kernel, parallel] = GlobalVar(name), _by_address(self.module[kernel], parallel)
+        return self.subroutines[kernel, parallel][0]
 
 
 def shape_of_type(ty: relax.TensorType) -> list[Any]:
@@ -199,9 +227,19 @@ def _argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
     return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
 
 
-def _by_address(kernel: tirx.PrimFunc) -> tuple[tirx.PrimFunc, list[tirx.Var]]:
-    """A kernel that takes tensors as one that takes their addresses and then its symbolic sizes; returns those too."""
-    symbols = list({d: None for p in kernel.params for d in p.ty.shape if isinstance(d, tirx.Var)})
+def _bytes(ty: relax.TensorType, of_unit: bool) -> int:
+    """Size of a tensor, or of one unit (tile or group) of it."""
+    shape = shape_of_type(ty)[1:] if of_unit else shape_of_type(ty)
+    return math.prod(shape) * tvm.DataType(str(ty.dtype)).bits // 8
+
+
+def _symbols(kernel: tirx.PrimFunc) -> list[tirx.Var]:
+    """Sizes that a kernel learns when it is called."""
+    return list({d: None for p in kernel.params for d in p.ty.shape if isinstance(d, tirx.Var)})
+
+
+def _by_address(kernel: tirx.PrimFunc, parallel: bool) -> tirx.PrimFunc:
+    """A kernel that takes tensors as one that takes their addresses and then its symbolic sizes."""
     addresses = [tirx.Var(p.name, PointerType(PrimType(str(p.ty.dtype)))) for p in kernel.params]
     views = [tirx.DeclBuffer(p, data=a) for p, a in zip(kernel.params, addresses, strict=True)]
     root = kernel.body
@@ -211,15 +249,23 @@ def _by_address(kernel: tirx.PrimFunc) -> tuple[tirx.PrimFunc, list[tirx.Var]]:
         block.reads,
         block.writes,
         block.name_hint,
-        tirx.SeqStmt([*views, block.body]),
+        tirx.SeqStmt([*views, block.body if parallel else _serial(block.body)]),
         block.init,
         block.alloc_buffers,
         block.match_buffers,
         block.annotations,
     )
-    statements: Any = s_tir.SBlockRealize(root.iter_values, root.predicate, body)
     # The return value is the error code that a parallel region may give.
-    statements = tirx.SeqStmt([statements, tirx.stmt.Return(tirx.const(0, "int32"))])
-    function = tirx.PrimFunc([*addresses, *symbols], statements, ret_type=PrimType("int32"))
-    kept = {k: v for k, v in kernel.attrs.items() if k != "global_symbol"}
-    return function.with_attrs(kept), symbols
+    done = tirx.stmt.Return(tirx.const(0, "int32"))
+    statements = tirx.SeqStmt([s_tir.SBlockRealize(root.iter_values, root.predicate, body), done])
+    function = tirx.PrimFunc([*addresses, *_symbols(kernel)], statements, ret_type=PrimType("int32"))
+    return function.with_attrs({k: v for k, v in kernel.attrs.items() if k != "global_symbol"})
+
+
+def _serial(statement: tirx.Stmt) -> tirx.Stmt:
+    """Kernels have their parallel loops at the top of their bodies: the same with loops that are serial."""
+    if isinstance(statement, tirx.SeqStmt):
+        return tirx.SeqStmt([_serial(s) for s in statement.seq])
+    if isinstance(statement, tirx.For) and statement.kind == tirx.ForKind.PARALLEL:
+        return tirx.For(statement.loop_var, statement.min, statement.extent, tirx.ForKind.SERIAL, statement.body)
+    return statement

@@ -25,6 +25,7 @@ from whet.schedules.layer_norm import LayerNormSpec, layer_norm
 from whet.schedules.pool import NormalizeSpec, PoolSpec, normalize, pool
 
 from . import dialect
+from .assemble import READS_ALL_WEIGHTS
 from .dialect import TILE, shape_of
 from .graph import Graph, attributes, is_call, weight_of
 
@@ -205,7 +206,8 @@ class _Lowering:
             types = [self.tiles_type(var)]
         else:
             types = self.quads_types(var, rows, "quads") if output == "quads" else self.heads_types(var, rows // 3)
-        self.forms[var, output] = self.emit(kernel.func, _kernel_name(spec), arguments, types, var.name)
+        func = self.kernel(("streaming", spec), lambda: kernel.func.with_attr(READS_ALL_WEIGHTS, True))
+        self.forms[var, output] = self.emit(func, _kernel_name(spec), arguments, types, var.name)
         if output == "tiles" and demand.integer:
             self.quantize(var)
 

@@ -230,7 +230,7 @@ def _argument(name: str, shape: tuple[Any, ...], dtype: str) -> Any:
 def _bytes(ty: relax.TensorType, of_unit: bool) -> int:
     """Size of a tensor, or of one unit (tile or group) of it."""
     shape = shape_of_type(ty)[1:] if of_unit else shape_of_type(ty)
-    return math.prod(shape) * tvm.DataType(str(ty.dtype)).bits // 8
+    return int(math.prod(shape) * tvm.DataType(str(ty.dtype)).bits // 8)
 
 
 def _symbols(kernel: tirx.PrimFunc) -> list[tirx.Var]:

@@ -11,7 +11,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.gemm import Block, named, parameter
-from whet.schedules.isa import TILE, Isa, clamp, fma, quantize4, round4, round_int, splat, view
+from whet.schedules.isa import TILE, Isa, fma, quantize4, round4, round_int, splat, view
 from whet.schedules.vector_math import ACTIVATIONS, ROUGH_ACTIVATIONS
 
 
@@ -121,8 +121,9 @@ class Epilogue:
                     packed = round4(values, lanes, signed=True)
                     T.buffer_store(_words(k), packed, [where[0], (row - hidden) // QUAD, where[1]])
                 with T.Else():
+                    low, high = (splat(end, lanes, "int32") for end in (-128, 127))
                     for i, y in enumerate(values):
-                        narrow = T.cast(round_int(clamp(y, -128, 127, lanes), lanes), f"int8x{lanes}")
+                        narrow = T.cast(T.min(T.max(round_int(y, lanes), low), high), f"int8x{lanes}")
                         T.buffer_store(v, narrow, [where[0], row - 2 * hidden + i, where[1]])
 
 

@@ -34,6 +34,12 @@ from whet.schedules.gemm import (
 )
 from whet.schedules.isa import TILE, Isa, prefetch, splat, view
 
+FAR_BYTES = 96 << 10
+"""Activations of a tile block from which on they are prefetched: they are far larger than the first-level cache."""
+
+STEPS_AHEAD = 8
+"""How far ahead of their use they are prefetched."""
+
 
 def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     """Return the register blocking that measured best; ``rows`` divides ``block_rows``."""
@@ -56,6 +62,7 @@ def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray
     computes positions ``bounds[c]`` to ``bounds[c + 1]`` (int32), about the same number of blocks each. Blocks of row
     group r, counted in that order, are ``indptr[r]`` to ``indptr[r + 1]`` (int32), a multiple of ``padding``, the last
     perhaps zeros; ``index`` (uint16, or int32 for very wide layers) is the quad, ``blocks`` s8 ``(…, block_rows, 4)``.
+    ``index`` is longer than ``blocks`` by what the kernel reads ahead.
     """
     n, k = weight.shape
     rows, group = spec.block_rows, group_rows(spec.out_features, spec.block_rows)
@@ -75,7 +82,7 @@ def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray
     )
     indptr = np.concatenate([[0], np.cumsum(counts[positions])])
     stored = max(int(indptr[-1]), 1)  # no array is empty, not even for a weight of zeros
-    index, values = np.zeros(stored, _index_dtype(k)), np.zeros((stored, rows, QUAD), np.int8)
+    index, values = np.zeros(stored + STEPS_AHEAD, _index_dtype(k)), np.zeros((stored, rows, QUAD), np.int8)
     group_of, quad = np.nonzero(present[positions])
     at = indptr[group_of] + np.arange(len(quad)) - np.searchsorted(group_of, group_of)
     index[at], values[at] = quad, blocks[positions[group_of], quad]
@@ -98,12 +105,12 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
     passes = block_rows // rows
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(f"sparse_i8_{block_rows}x4_{n}x{spec.in_features}")
-        tiles, stored = T.int64(), T.int64()
+        tiles, stored, indices = T.int64(), T.int64(), T.int64()
         x = parameter("x", (tiles, quads, TILE, QUAD), "uint8")
         bounds = parameter("bounds", (chunks + 1,), "int32")
         order = parameter("order", (max(n // group, 1),), "int32")
         indptr = parameter("indptr", (math.ceil(n / block_rows) + 1,), "int32")
-        index = parameter("index", (stored,), _index_dtype(spec.in_features))
+        index = parameter("index", (indices,), _index_dtype(spec.in_features))
         weight = parameter("weight", (stored, block_rows, QUAD), "int8")
         epilogue = Epilogue.declare(spec, isa, tiles)
         with T.sblock("root"):
@@ -131,7 +138,12 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                     )
 
                 def ahead(j: Any) -> None:
-                    prefetch(words, T.cast(begin + j, "int64") + PREFETCH_BYTES // (block_rows * QUAD), 0)
+                    at = T.cast(begin + j, "int64")
+                    prefetch(words, at + PREFETCH_BYTES // (block_rows * QUAD), 0)
+                    if work.tiles * quads * TILE * QUAD > FAR_BYTES:
+                        quad = T.Bind(T.cast(index[at + STEPS_AHEAD], "int64"))
+                        for tile in range(work.tiles):
+                            prefetch(flat, base + quad * TILE + tile * (quads * TILE))
 
                 accumulate(isa, knobs, work, accumulators, end - begin, step, ahead, "int32", padding(block_rows))
 

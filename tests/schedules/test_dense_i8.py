@@ -41,6 +41,17 @@ def test_shapes(isa, weight, block_rows, n, k):
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
+def test_activations_that_are_prefetched(isa):
+    rng = np.random.default_rng(8)
+    spec = DenseSpec(18, 2048, "i8_sparse", 1)
+    tiles = dense(spec, isa).knobs.tiles
+    assert tiles * 2048 * 16 > sparse_i8.FAR_BYTES
+    w = random_blocks(rng, 18, 2048, 1, 0.2)
+    w[-1] = 1  # the last group reads the index to its end
+    check(spec, isa, w, rng.integers(0, 256, (tiles, 2048, 16)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
 @pytest.mark.parametrize(("weight", "block_rows"), FAMILIES)
 def test_extreme_values_do_not_saturate(isa, weight, block_rows):
     spec = DenseSpec(50, 68, weight, block_rows)
@@ -72,7 +83,8 @@ def test_packed_blocks_are_those_that_hold_a_non_zero():
     assert order.tolist() == [1, 0]  # fewest blocks first; the incomplete group 2 follows by itself
     assert (bounds[0], bounds[-1]) == (0, 2)
     assert indptr.tolist() == [0, 0, 2, 4]  # an even number of blocks each
-    assert (index.dtype, index.tolist()) == (np.uint16, [0, 0, 2, 0])
+    assert (index.dtype, index[:4].tolist()) == (np.uint16, [0, 0, 2, 0])
+    assert len(index) == 4 + sparse_i8.STEPS_AHEAD
     assert blocks.tolist() == [[[0] * 4, [0, 0, 0, 7]], ZERO, [[0, 0, 0, -9], [0] * 4], ZERO]
 
 

@@ -48,8 +48,8 @@ _FMA = {"avx2": _Cycles(0.45, 0.255, 0, 7, 2.2)}  # as VNNI where there is VNNI
 AMX_MULTIPLY, AMX_VECTOR, AMX_BYTES = 43.5, 6.0, 8.0
 """Cycles of one tile multiplication with its share of loads and of an epilogue vector; weight bytes per cycle."""
 
-ACTIVATION = {"none": 0.0, "relu": 0.5, "gelu": 12.0, "gelu_tanh": 14.0, "tanh": 20.0}
-"""Cycles per vector."""
+ACTIVATION = {"none": 0.0, "relu": 0.5, "gelu": 5.0, "gelu_tanh": 5.0, "tanh": 20.0}
+"""Cycles per vector of a result that is rounded to 8 bits."""
 
 
 def estimate_cycles(spec: DenseSpec, tiles: int, density: float, isa: Isa) -> float:

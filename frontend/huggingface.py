@@ -149,6 +149,7 @@ def _import(
         type_vocab_size=max(1, sizes.types),
         pad_token_id=int(config.get("pad_token_id", 0)),
         labels=labels,
+        multi_label=len(labels) == 1 or config.get("problem_type") == "multi_label_classification",
         tokenizer_json=tokenizer,
         notes=(*notes, *(declared.notes if declared else ()), *_unused_notes(family, weights)),
     )

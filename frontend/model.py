@@ -33,6 +33,8 @@ class Model:
     type_vocab_size: int
     pad_token_id: int = 0
     labels: tuple[str, ...] = ()
+    multi_label: bool = False
+    """Whether a text can have several labels at once: scores are then sigmoids, else a softmax."""
     tokenizer_json: str | None = None
     """Contents of ``tokenizer.json``, without padding and truncation settings."""
     notes: tuple[str, ...] = field(default=())

@@ -116,6 +116,7 @@ def from_onnx(
         max_length=min(folder.limit, encoder.max_length),
         type_vocab_size=encoder.type_vocab_size,
         labels=_labels(folder.config, found, encoder.channels),
+        multi_label=encoder.channels == 1 or folder.config.get("problem_type") == "multi_label_classification",
         notes=(*notes, *rules.notes, *(folder.declared.notes if folder.declared and head else ())),
         **common,
     )

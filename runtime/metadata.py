@@ -67,6 +67,8 @@ class Metadata:
     type_vocab_size: int
     pad_token_id: int
     labels: tuple[str, ...]
+    multi_label: bool
+    """Whether classification scores are sigmoids, one by one, instead of a softmax."""
     output: Output
     precision: str
     isa: str

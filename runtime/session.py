@@ -96,12 +96,12 @@ class Session(Engine):
             top_k: None gives the best label of each text; a number that many, best first.
 
         Returns:
-            ``{"label", "score"}`` per text, or a list of them. Scores are softmax probabilities, or the sigmoid of the
-            only logit where the model has a single label.
+            ``{"label", "score"}`` per text, or a list of them. Scores are softmax probabilities, or sigmoids where the
+            model has a single label, or labels that do not exclude one another.
 
         """
         logits = self.logits(texts)
-        scores = softmax(logits) if logits.shape[1] > 1 else sigmoid(logits)
+        scores = sigmoid(logits) if self.metadata.multi_label else softmax(logits)
         if top_k is None:
             return [self._label(row, int(row.argmax())) for row in scores]
         if top_k < 1:

@@ -276,6 +276,7 @@ def _metadata(
         type_vocab_size=max(1, model.type_vocab_size),
         pad_token_id=model.pad_token_id,
         labels=model.labels,
+        multi_label=model.multi_label,
         output=Output(per, channels),
         precision=precision,
         isa=target.name,

@@ -550,3 +550,15 @@ def test_every_family_has_references():
     families = Counter(name.partition("-")[0] for name in FOLDERS)
     assert set(FAMILIES) == set(families)
     assert min(families.values()) >= 4
+
+
+@pytest.mark.parametrize(("folder", "several"), [("bert-sequence", False), ("distilbert-sequence", True)])
+def test_labels_exclude_one_another_unless_there_is_one_or_the_config_says_so(references, folder, several):
+    assert from_folder(references / folder).multi_label == several
+
+
+def test_problem_type_makes_labels_independent(references, tmp_path):
+    shutil.copytree(references / "bert-sequence", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
+    assert from_folder(tmp_path / "m").multi_label

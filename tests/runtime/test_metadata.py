@@ -10,6 +10,7 @@ from whet.runtime.metadata import ArtifactError, Metadata, Output, Weight
 FULL = replace(
     METADATA,
     labels=("é", "b"),
+    multi_label=False,
     weights=(Weight("w", "int8", (3, 4), 64), Weight("scalar", "float32", (), 128)),
     report=({"layer": "0", "kernel": "dense"},),
     notes=("a note",),

@@ -32,6 +32,7 @@ METADATA = Metadata(
     type_vocab_size=TYPES,
     pad_token_id=0,
     labels=(),
+    multi_label=False,
     output=Output("token", CHANNELS),
     precision="fp32",
     isa="avx2",

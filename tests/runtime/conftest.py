@@ -19,7 +19,8 @@ def modules(tmp_path_factory):
             folder / "classifier.so", "request", tokenizer, 3, task="sequence_classification", labels=("x", "y", "z")
         ),
         "reranker": tiny_module.write(
-            folder / "reranker.so", "request", tokenizer, 1, task="sequence_classification", labels=("relevant",), multi_label=True
+            folder / "reranker.so", "request", tokenizer, 1, task="sequence_classification", labels=("relevant",),
+            multi_label=True,
         ),
         "tagger": tiny_module.write(
             folder / "tagger.so", "token", tokenizer, 4, task="token_classification", labels=("O", "B", "I", "E"),

@@ -1,5 +1,7 @@
 """Texts in, answers out, on hand-made models whose answers are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny_module
@@ -73,6 +75,14 @@ def test_labels_may_be_missing(tmp_path):
         tmp_path / "m.so", "request", tiny_module.tokenizer_json(), 3, task="sequence_classification"
     )
     assert load(path).classify("the cat")[0]["label"].startswith("LABEL_")
+
+
+def test_labels_that_do_not_exclude_one_another(sessions, monkeypatch):
+    session = sessions["classifier"]
+    monkeypatch.setattr(session, "metadata", replace(session.metadata, multi_label=True))
+    logits = session.logits(["the cat"])[0]
+    got = {label["label"]: label["score"] for label in session.classify(["the cat"], top_k=3)[0]}
+    assert got == pytest.approx({name: 1 / (1 + np.exp(-x)) for name, x in zip("xyz", logits, strict=True)})
 
 
 def test_score(sessions):

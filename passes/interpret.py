@@ -187,8 +187,8 @@ def _rounded(x: Rows, scale: Any, zero: Any, low: int, high: int) -> Rows:
 def _layer_norm(x: Rows, gamma: Rows, beta: Rows, *, eps: float) -> Rows:
     centred = x - x.mean(axis=1, keepdims=True)
     variance = np.square(centred).mean(axis=1, keepdims=True)
-    normal = centred / np.sqrt(variance + np.float32(eps))
-    return normal.astype(np.float32, copy=False) * gamma + beta
+    normal: Rows = (centred / np.sqrt(variance + np.float32(eps))).astype(np.float32, copy=False)
+    return normal * gamma + beta
 
 
 def _attention(

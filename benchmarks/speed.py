@@ -1,4 +1,4 @@
-"""Whet beside ONNX Runtime on DistilBERT-base and MiniLM-L6 shapes, dense and 80 % sparse: the README's speed table.
+"""Whet beside ONNX Runtime on DistilBERT-base and MiniLM-L6 shapes: the README's speed table.
 
     python benchmarks/speed.py            # writes benchmarks/results/speed-CPU.json and .md
 
@@ -35,12 +35,13 @@ def main() -> None:
     arguments = parser.parse_args()
     reports = {}
     for shape in arguments.shapes:
-        for sparsity in (0.8, 0.0):
-            name = f"{shape}, {sparsity:.0%} zeros in 4×4 blocks" if sparsity else f"{shape}, dense"
+        for sparsity, precision in ((0.8, "int8"), (0.0, "int8"), (0.0, "fp32")):
+            zeros = f"{sparsity:.0%} zeros in 4×4 blocks" if sparsity else "dense"
+            name = f"{shape}, {zeros}, {precision}"
             print(name, file=sys.stderr)
             folder = make_model(arguments.work / f"{shape}-{sparsity:.0%}", shape, sparsity)
-            module = folder / f"{arguments.isa}.so"
-            whet.compile(folder, module, isa=arguments.isa)
+            module = folder / f"{precision}-{arguments.isa}.so"
+            whet.compile(folder, module, precision, isa=arguments.isa)
             reports[name] = bench(
                 module,
                 sequences=SEQUENCES,
@@ -50,7 +51,7 @@ def main() -> None:
                 source=folder,
                 progress=TerminalProgress(),
             )
-            print(reports[name])
+            print(reports[name], file=sys.stderr)
     command = "python " + " ".join(["benchmarks/speed.py", *sys.argv[1:]])
     RESULTS.mkdir(exist_ok=True)
     cpu = re.sub(r"\W+", "-", cpu_model()).strip("-").lower()
@@ -65,14 +66,15 @@ def main() -> None:
 def markdown(command: str, reports: dict[str, BenchReport]) -> str:
     """One row per case: medians in ms, and how many times longer each peer takes."""
     first = next(iter(reports.values()))
-    peers = list(dict.fromkeys(t.engine for r in reports.values() for t in r.timings if t.ratio != 1.0))
+    peers = list(
+        dict.fromkeys(t.engine for r in reports.values() for t in r.timings if not t.engine.startswith("whet"))
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
     lines = [
-        f"`{command}` on {first.cpu}, {first.isa}, {first.timings[0].threads} thread, batch 1; medians in ms and, in",
-        "brackets, how many times longer than Whet int8. "
-        + ", ".join(f"{name} {version}" for name, version in first.versions.items())
-        + ".",
+        f"`{command}` on {first.cpu}, {first.isa}, {first.timings[0].threads} thread, batch 1, {versions}.",
+        "Medians in ms with the 10th and 90th percentile; in brackets, how many times longer than Whet.",
         "",
-        "| model | tokens | Whet int8 | " + " | ".join(peers) + " |",
+        "| model | tokens | Whet | " + " | ".join(peers) + " |",
         "|---|---|---|" + "---|" * len(peers),
     ]
     for name, report in reports.items():

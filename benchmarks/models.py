@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+
 from whet.passes.prune_blocks import prune
 
 SHAPES: dict[str, dict[str, int]] = {

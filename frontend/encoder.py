@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 from tvm import IRModule, relax, tirx
+
 from whet.passes import dialect
 from whet.passes.dialect import TILE, Activation, Pooling
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tokenizers import Tokenizer
+
 from whet.passes.dialect import Activation, Pooling
 
 from .checkpoint import Weights, open_weights, state_weights

@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import numpy as np
 import onnx
+
 from whet.passes.dialect import Pooling
 from whet.passes.raise_encoder import raise_encoder
 from whet.passes.raise_facts import Fact, Known, Linear, Matrix, NotAnEncoder, Op, Probes, Tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+
 from whet.passes import raise_facts
 from whet.passes.raise_facts import PROBES, DontCare, Fact, Known, NotAnEncoder, Tokens
 from whet.passes.raise_rules import Rules

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import numpy_helper
+
 from whet.passes.raise_facts import Array
 
 MS = "com.microsoft."

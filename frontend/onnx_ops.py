@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+
 from whet.passes import raise_facts
 from whet.passes.raise_facts import (
     CURVES,

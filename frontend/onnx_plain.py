@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 from tvm import IRModule, relax, sym, tirx
+
 from whet.passes.raise_facts import Array
 
 from .onnx_graph import Node, as_float32, constants, inputs_of, needed, static_dims

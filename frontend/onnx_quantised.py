@@ -7,6 +7,7 @@ only renamed: a quantised activation is the same value in another unit.
 from __future__ import annotations
 
 import numpy as np
+
 from whet.passes.raise_facts import Array, DontCare, Fact, Integers, Known, NotAnEncoder, Scale, Scales
 
 from .onnx_graph import MS, Node

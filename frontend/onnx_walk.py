@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
+
 from whet.passes.raise_facts import PROBES, Array, DontCare, Fact, Known, NotAnEncoder
 from whet.passes.raise_rules import Rules
 

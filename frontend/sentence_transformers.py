@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any, get_args
 
 import numpy as np
+
 from whet.passes.dialect import Activation, Pooling
 
 from .checkpoint import open_weights

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from tvm import IRModule, relax
+
 from whet.schedules.cost import estimate_cycles
 from whet.schedules.dense import DenseSpec
 from whet.schedules.isa import Isa

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from tvm import IRModule, relax, tirx
+
 from whet.schedules.attention import AttentionSpec, attention
 from whet.schedules.dense import DenseSpec, Output, dense
 from whet.schedules.elementwise import ActivateSpec, AddSpec, Quantization, QuantizeSpec, elementwise

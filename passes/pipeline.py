@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from tvm import IRModule
-from whet.schedules.isa import Isa
 
 from whet.progress import Progress
+from whet.schedules.isa import Isa
 
 from .choose_kernels import Choice, choose_kernels
 from .fuse_activations import fuse_activations

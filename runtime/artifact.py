@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from whet.runtime.metadata import ALIGNMENT, ArtifactError, Metadata, Weight
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
 from whet.runtime.artifact import Artifact
 from whet.runtime.cpu import check_cpu, request_amx
 from whet.runtime.ffi import tvm_ffi

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
 from whet.runtime.metadata import ALIGNMENT
 
 TILE = 16

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
 from whet.runtime.artifact import Artifact
 from whet.runtime.engine import Engine
 from whet.runtime.spans import best_answers, merge_windows, sigmoid, softmax, words

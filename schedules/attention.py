@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tvm import tirx
+
 from whet.schedules.attention_f32 import attention_f32
 from whet.schedules.attention_i8 import MAX_HEAD_SIZE, attention_i8
 from whet.schedules.isa import Isa

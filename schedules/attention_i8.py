@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+
 from whet.schedules.elementwise import QUAD, lanes_of, quantize_rows, words
 from whet.schedules.gemm import named, parameter
 from whet.schedules.isa import TILE, Isa, pack4, round_int, splat, view

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from whet.schedules import dense_amx, dense_f32, dense_i8, sparse_i8
 from whet.schedules.dense_spec import BLOCK_ROWS, DenseSpec, Output, Weight
 from whet.schedules.gemm import Blocking

@@ -8,6 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+
 from whet.schedules.dense_f32 import interleave
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.epilogue import Epilogue

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+
 from whet.schedules.gemm import named, parameter
 from whet.schedules.isa import TILE, Isa, quantize4, splat, view
 from whet.schedules.vector_math import ACTIVATIONS

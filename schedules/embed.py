@@ -11,6 +11,7 @@ from typing import Any, Literal
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+
 from whet.schedules.elementwise import Quantization
 from whet.schedules.gemm import named, parameter
 from whet.schedules.isa import TILE, Isa, splat

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
+
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.gemm import Block, named, parameter
 from whet.schedules.isa import TILE, Isa, fma, quantize4, round4, round_int, splat, view

@@ -14,6 +14,7 @@ from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+
 from whet.schedules.dense_spec import QUAD
 from whet.schedules.isa import TILE, Isa, splat
 

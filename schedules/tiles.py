@@ -9,6 +9,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
+
 from whet.schedules.gemm import named, parameter
 from whet.schedules.isa import TILE, Isa, splat
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
+
 from whet.schedules.isa import fma, splat
 
 _LOG2_E = math.log2(math.e)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from whet.frontend.huggingface import from_folder
 
 import whet
 from whet import cli, compiler
+from whet.frontend.huggingface import from_folder
 from whet.onnx_export import export_onnx
 
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
+
 from whet.frontend.families import FAMILIES
 from whet.frontend.huggingface import from_folder, from_transformers
 from whet.passes.interpret import interpret

@@ -9,6 +9,7 @@ import pytest
 import tvm
 from onnx import TensorProto, helper, numpy_helper
 from tvm import relax
+
 from whet.frontend.model import Model
 from whet.frontend.onnx import from_onnx
 from whet.passes import dialect

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from whet.runtime.artifact import open_artifact
 
 from whet import bench as module_under_test
 from whet.bench import bench, choose_cpus, interleave
 from whet.peers import Missing, Peer
+from whet.runtime.artifact import open_artifact
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,14 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
+
 from whet.frontend.huggingface import from_folder
 from whet.frontend.onnx import from_onnx
+from whet.onnx_export import export_onnx
 from whet.passes.fuse_activations import fuse_activations
 from whet.passes.fuse_qkv import fuse_qkv
 from whet.passes.fuse_residuals import fuse_residuals
 from whet.passes.interpret import interpret
-
-from whet.onnx_export import export_onnx
 
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: nothing to run the exported graph with")
 

@@ -2,10 +2,10 @@ import importlib.util
 
 import numpy as np
 import pytest
-from whet.frontend.huggingface import from_folder
-from whet.passes.interpret import interpret
 
+from whet.frontend.huggingface import from_folder
 from whet.onnx_export import export_onnx
+from whet.passes.interpret import interpret
 from whet.peers import PEERS, Missing, Peer, _chosen, _output, make_peers, onnx_file
 
 pytest.importorskip("onnx", reason="onnx is not installed: it comes with Whet's extra compile")

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import tvm_ffi
+
+from whet.codegen import generate_code
 from whet.passes.assemble import assemble
 from whet.passes.dialect import TILE
 from whet.passes.lower import Lowered
 from whet.runtime.metadata import lay_out
 from whet.schedules.isa import Isa
-
-from whet.codegen import generate_code
 
 Program = Callable[[list[np.ndarray], bool], np.ndarray]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 from tvm import IRModule, relax, tirx
+
 from whet.passes import dialect
 from whet.passes.dialect import TILE
 

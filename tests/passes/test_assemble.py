@@ -1,11 +1,11 @@
 from execute import program
 from graphs import build, encoder_layer, requests
+
 from whet.passes.assemble import Workspace, assemble
 from whet.passes.pipeline import Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
-from whet.schedules.isa import isa
-
 from whet.progress import Silent
+from whet.schedules.isa import isa
 
 ISA = isa("avx2")
 

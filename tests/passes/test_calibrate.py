@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from graphs import build, requests
+
 from whet.passes.calibrate import Observation, affine_u8, observe, symmetric_s8
 
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from graphs import build, requests
+
 from whet.passes import dialect
 from whet.passes.choose_kernels import block_density, choose_kernels
 from whet.passes.graph import Graph, attributes, is_call

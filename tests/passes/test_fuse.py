@@ -5,6 +5,7 @@ import pytest
 import tvm
 from graphs import Builder, build, encoder_layer, ops, requests
 from tvm import relax
+
 from whet.passes import dialect
 from whet.passes.fuse_activations import fuse_activations
 from whet.passes.fuse_qkv import fuse_qkv

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 from tvm import relax, tirx
+
 from whet.passes import dialect
 from whet.passes.interpret import CHUNK_TOKENS, interpret, pack_requests
 

@@ -3,6 +3,7 @@ import tvm
 import tvm_ffi
 from execute import aligned
 from tvm import relax
+
 from whet.passes.lift_constants import lift_constants
 
 

@@ -5,6 +5,7 @@ import pytest
 from execute import program, run
 from graphs import build, encoder_layer, requests
 from tvm import relax
+
 from whet.passes import dialect
 from whet.passes.fuse_qkv import fuse_qkv
 from whet.passes.interpret import interpret
@@ -12,9 +13,8 @@ from whet.passes.lower import lower
 from whet.passes.pipeline import Options, run_pipeline
 from whet.passes.prune_blocks import prune_blocks
 from whet.passes.quantise import QuantisationConfig
-from whet.schedules.isa import isa
-
 from whet.progress import Silent
+from whet.schedules.isa import isa
 
 ISA = isa("avx2")  # what every x86-64 machine that runs these tests has
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import tvm
 from graphs import build, encoder_layer, requests
+
 from whet.passes import dialect
 from whet.passes.fuse_qkv import fuse_qkv
 from whet.passes.graph import Graph, is_call

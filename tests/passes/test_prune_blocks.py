@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from graphs import build
+
 from whet.passes import dialect
 from whet.passes.choose_kernels import block_density
 from whet.passes.graph import Graph, is_call

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from graphs import build, encoder_layer, ops, requests
 from tvm import relax
+
 from whet.passes import dialect
 from whet.passes.fuse_activations import fuse_activations
 from whet.passes.fuse_qkv import fuse_qkv

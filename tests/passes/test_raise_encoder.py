@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tvm
 from tvm import relax, tirx
+
 from whet.passes import dialect
 from whet.passes.raise_encoder import raise_encoder
 from whet.passes.raise_facts import (

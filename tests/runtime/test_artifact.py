@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_module
+
 from whet.runtime import ArtifactError, artifact, cpu, load
 from whet.runtime.artifact import open_artifact
 from whet.runtime.metadata import Metadata

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_module
 from tiny_module import CHANNELS, MAX_LENGTH, VOCAB, columns
+
 from whet.runtime import load
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_module
+
 from whet.runtime import load
 from whet.runtime.library import find_runtime
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_module
-from whet.runtime.artifact import open_artifact
 
 from whet.link import find_compiler, write_module
+from whet.runtime.artifact import open_artifact
 
 HERE = str(Path(__file__).parent)
 WRITE = f"import sys; sys.path.insert(0, {HERE!r}); import tiny_module; tiny_module.write(sys.argv[1])"

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from tiny_module import METADATA
+
 from whet.runtime.metadata import ArtifactError, Metadata, Output, Weight
 
 FULL = replace(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from whet.runtime.packing import aligned, pack, positions_within, split, unpack
 
 

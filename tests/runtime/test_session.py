@@ -7,6 +7,7 @@ import pytest
 import tiny_module
 from tiny_module import CHANNELS, MAX_LENGTH, columns, weights
 from tokenizers import Tokenizer
+
 from whet.runtime import load
 from whet.runtime.spans import softmax
 

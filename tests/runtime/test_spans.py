@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from whet.runtime.spans import best_answers, merge_windows, sigmoid, softmax, words
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny_module
+
 from whet.runtime.text import Tokenizer, check_texts
 
 TEXT = "the cat runs fast in the park , a dog plays the guitar on stage"

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+
 from whet.runtime.threads import available_cpus
 
 CPUS = len(os.sched_getaffinity(0))

@@ -14,9 +14,9 @@ import tvm
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tvm import relax, tirx
 from tvm.script import tirx as T
-from whet.runtime.metadata import Metadata, Output, lay_out
 
 from whet.link import write_module
+from whet.runtime.metadata import Metadata, Output, lay_out
 
 VOCAB, POSITIONS, TYPES, CHANNELS, MAX_LENGTH, MAX_TOKENS = 50, 64, 2, 5, 64, 96
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tvm_ffi
 from scipy import special
+
 from whet.schedules import isa as isas
 
 TILE = 16

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tvm
 from scipy.special import erf
+
 from whet.schedules.dense import DenseSpec, dense
 from whet.schedules.isa import ISAS, Isa, compile_for, cpu_flags
 

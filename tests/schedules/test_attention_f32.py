@@ -3,6 +3,7 @@
 import numpy as np
 import oracles
 import pytest
+
 from whet.schedules.attention import AttentionSpec, attention
 
 MAX_LENGTH = 600

@@ -5,6 +5,7 @@ import ctypes
 import numpy as np
 import pytest
 from oracles_dense import product, run, to_quads
+
 from whet.schedules import dense_amx
 from whet.schedules.dense import DenseSpec
 from whet.schedules.gemm import Blocking

@@ -1,6 +1,7 @@
 """The cost model orders kernels as measurements do."""
 
 import pytest
+
 from whet.schedules.cost import estimate_cycles
 from whet.schedules.dense import BLOCK_ROWS, DenseSpec
 from whet.schedules.isa import ISAS

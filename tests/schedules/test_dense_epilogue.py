@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from oracles_dense import EVERY_ISA, RUNNABLE, activate, clamped, product, random_blocks, run, to_quads
+
 from whet.schedules.dense import DenseSpec
 
 N, K, TILES = 36, 32, 3

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from oracles_dense import EVERY_ISA, product, random_blocks, run, to_quads
+
 from whet.schedules import sparse_i8
 from whet.schedules.dense import BLOCK_ROWS, DenseSpec, dense
 from whet.schedules.gemm import Blocking

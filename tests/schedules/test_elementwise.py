@@ -3,6 +3,7 @@
 import numpy as np
 import oracles
 import pytest
+
 from whet.schedules.elementwise import ActivateSpec, AddSpec, QuantizeSpec, elementwise
 
 

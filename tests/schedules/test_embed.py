@@ -3,6 +3,7 @@
 import numpy as np
 import oracles
 import pytest
+
 from whet.schedules.embed import EmbedSpec, embed
 
 EPS = 1e-12

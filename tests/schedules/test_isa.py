@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from whet.schedules.dense import DenseSpec, dense
 from whet.schedules.isa import ISAS, compile_for, cpu_flags, host_isa, isa
 

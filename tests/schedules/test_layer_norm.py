@@ -3,6 +3,7 @@
 import numpy as np
 import oracles
 import pytest
+
 from whet.schedules.layer_norm import LayerNormSpec, layer_norm
 
 EPS = 1e-12

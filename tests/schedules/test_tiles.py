@@ -3,6 +3,7 @@
 import numpy as np
 import oracles
 import pytest
+
 from whet.schedules.tiles import TilesSpec, from_tiles, to_tiles
 
 

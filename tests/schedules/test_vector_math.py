@@ -9,6 +9,7 @@ import pytest
 import tvm
 from scipy import special
 from tvm.script import tirx as T
+
 from whet.passes.dialect import Activation
 from whet.schedules import isa, vector_math
 

@@ -65,19 +65,15 @@ class Lowered:
     weights: list[tuple[str, Array]]
 
 
-def lower(module: IRModule, isa: Isa, max_tokens: int, max_length: int) -> Lowered:
-    """Lower ``module`` for one instruction set.
-
-    ``max_tokens`` bounds the tokens of a call (memory is planned for it), ``max_length`` those of one request.
-    """
-    return _Lowering(Graph(module), isa, max_tokens, max_length).run()
+def lower(module: IRModule, isa: Isa, max_length: int) -> Lowered:
+    """Lower ``module`` for one instruction set and requests of at most ``max_length`` tokens."""
+    return _Lowering(Graph(module), isa, max_length).run()
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, isa: Isa, max_tokens: int, max_length: int) -> None:
+    def __init__(self, graph: Graph, isa: Isa, max_length: int) -> None:
         self.graph = graph
         self.isa = isa
-        self.max_tokens = max_tokens
         self.max_length = max_length
         self.builder = relax.BlockBuilder()
         self.demands = _demands(graph)
@@ -101,8 +97,7 @@ class _Lowering:
                 output = self.builder.emit_output(self.tiles(self.graph.source(self.graph.result)))
             self.builder.emit_func_output(output, params=[*inputs, *self.weight_vars])
         module = self.builder.get()
-        bounds = {"tiles": -(-self.max_tokens // TILE), "groups": -(-self.max_tokens // TILE)}
-        module["main"] = module["main"].with_attr("num_input", len(inputs)).with_attr("tir_var_upper_bound", bounds)
+        module["main"] = module["main"].with_attr("num_input", len(inputs))
         return Lowered(relax.transform.BundleModelParams()(module), self.weights)
 
     # One method per op, found by the op's name.

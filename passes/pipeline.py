@@ -29,7 +29,6 @@ class Options:
 
     isa: Isa
     max_length: int
-    max_tokens: int
     quantisation: QuantisationConfig | None
     """None compiles everything in float32."""
     sparsity: float = 0.0
@@ -77,7 +76,7 @@ def run_pipeline(
             dump(module, "choose_kernels")
 
     with progress.phase("5 lower to kernels"):
-        lowered = lower(module, options.isa, options.max_tokens, options.max_length)
+        lowered = lower(module, options.isa, options.max_length)
         dump(lowered.module, "lower")
     return Compiled(lowered, choices)
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from os import PathLike, fspath
@@ -128,14 +128,12 @@ def compile(
     with clock.phase("import"):
         model = import_model(source, task=task, pooling=pooling, tokenizer=tokenizer)
         limit = _length_limit(model, max_length)
-    max_tokens = -(-max(MAX_TOKENS, limit) // 16) * 16
     choices: list[Choice] = []
     if model.dialect:
         requests, token_types = _requests(model, calibration, limit) if precision == "int8" else ([], [])
         options = Options(
             isa=target,
             max_length=limit,
-            max_tokens=max_tokens,
             quantisation=(quantisation or QuantisationConfig()) if precision == "int8" else None,
             sparsity=sparsity,
             block_rows=block_rows,
@@ -157,12 +155,7 @@ def compile(
         executable = generate_code(module, target)
     with clock.phase("8 link"):
         precision = precision if model.dialect else "fp32"
-        metadata = replace(
-            _metadata(model, lowered, precision, target, limit, choices),
-            max_tokens=max_tokens,
-            workspace_per_tile=workspace.per_tile,
-            workspace_per_group=workspace.per_group,
-        )
+        metadata = _metadata(model, lowered, workspace, precision, target, limit, choices)
         write_module(executable, metadata, dict(weights), model.tokenizer_json, output)
     return Report(
         output=fspath(output),
@@ -254,6 +247,7 @@ def _requests(model: Model, texts: Sequence[Text] | None, limit: int) -> tuple[R
 def _metadata(
     model: Model,
     module: tvm.IRModule,
+    workspace: Workspace,
     precision: str,
     target: Isa,
     limit: int,
@@ -281,7 +275,9 @@ def _metadata(
         precision=precision,
         isa=target.name,
         cpu_flags=target.cpu_flags,
-        max_tokens=limit,
+        max_tokens=max(MAX_TOKENS, limit),
+        workspace_per_tile=workspace.per_tile,
+        workspace_per_group=workspace.per_group,
         report=tuple(asdict(c) for c in choices),
         notes=model.notes,
     )

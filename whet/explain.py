@@ -70,7 +70,7 @@ def explain_model(
 
     Arguments and errors are those of ``whet.compile``; needs the compiler.
     """
-    from whet.compiler import MAX_TOKENS, import_model  # noqa: PLC0415 -- a module's own report needs no compiler
+    from whet.compiler import import_model  # noqa: PLC0415 -- a module's own report needs no compiler
     from whet.passes.pipeline import Options, run_pipeline  # noqa: PLC0415
     from whet.passes.quantise import QuantisationConfig  # noqa: PLC0415
     from whet.schedules import isa as isas  # noqa: PLC0415
@@ -85,7 +85,6 @@ def explain_model(
         options = Options(
             isa=target,
             max_length=model.max_length,
-            max_tokens=max(MAX_TOKENS, -(-model.max_length // 16) * 16),
             quantisation=QuantisationConfig(method="minmax"),
             sparsity=sparsity,
             block_rows=block_rows,

@@ -12,7 +12,7 @@ ISA = isa("avx2")
 
 def lowered(write):
     batch = requests(20, 30)
-    options = Options(ISA, max_length=64, max_tokens=128, quantisation=QuantisationConfig("static"))
+    options = Options(ISA, max_length=64, quantisation=QuantisationConfig("static"))
     return run_pipeline(build(write), options, batch, [b * 0 for b in batch], Silent()).lowered
 
 

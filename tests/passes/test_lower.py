@@ -20,7 +20,7 @@ ISA = isa("avx2")  # what every x86-64 machine that runs these tests has
 
 
 def compiled(write, quantisation, **options):
-    chosen = Options(ISA, max_length=64, max_tokens=128, quantisation=quantisation, **options)
+    chosen = Options(ISA, max_length=64, quantisation=quantisation, **options)
     calibration = requests(20, 31, 64)
     return run_pipeline(build(write), chosen, calibration, [np.zeros_like(r) for r in calibration], Silent())
 
@@ -93,4 +93,4 @@ def test_an_op_without_a_kernel_is_named():
         return b.emit(dialect.attention(h, h, h, b.segments, heads=2, scale=1.0), "context")
 
     with pytest.raises(ValueError, match=r"context: op relax\.whet\.attention has no kernel"):
-        lower(build(write), ISA, 64, 64)
+        lower(build(write), ISA, 64)

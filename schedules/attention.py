@@ -8,7 +8,8 @@ from typing import Literal
 from tvm import tirx
 
 from whet.schedules.attention_f32 import attention_f32
-from whet.schedules.attention_i8 import MAX_HEAD_SIZE, attention_i8
+from whet.schedules.attention_i8 import attention_i8
+from whet.schedules.attention_softmax import MAX_HEAD_SIZE
 from whet.schedules.isa import Isa
 
 
@@ -53,6 +54,8 @@ class AttentionKnobs:
     """Vectors of queries that share the loads of keys and values."""
     accumulators: int
     """Sums in registers: queries × keys of the first product, queries × channels of the second."""
+    unit: int = 4
+    """Tiles of queries that are one unit of parallel work."""
 
     def __post_init__(self) -> None:
         if self.queries < 1 or self.accumulators % self.queries or self.accumulators // self.queries not in (4, 8, 16):

@@ -15,7 +15,15 @@ from tvm.script.ir_builder import tirx as T
 from whet.schedules.elementwise import lanes_of
 from whet.schedules.gemm import named, parameter
 from whet.schedules.isa import TILE, Isa, fma, splat
-from whet.schedules.segments import Queries, Request, blend, for_each_request, lanes_before
+from whet.schedules.segments import (
+    Queries,
+    Request,
+    Vector,
+    blend,
+    for_each_request,
+    for_each_vector,
+    lanes_before,
+)
 from whet.schedules.vector_math import exp2_of_products
 
 if TYPE_CHECKING:
@@ -42,7 +50,7 @@ def attention_f32(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs) -> tirx.
                 T.reads()
                 T.writes()
                 kernel = _Kernel(spec, isa, knobs, qkv, out)
-                for_each_request(isa, spec.heads, knobs.queries, segments, tiles, kernel.allocate, kernel.attend)
+                for_each_request(spec.heads, knobs.unit, segments, tiles, kernel.allocate, kernel.attend)
         return builder.get()
 
 
@@ -59,24 +67,28 @@ class _Kernel:
         rows = -(-(self.spec.max_length + TILE - 1) // TILE) * TILE
         self.scores = named("scores", T.alloc_buffer((self.knobs.queries, rows, self.isa.lanes), "float32"))
 
-    def attend(self, queries: Queries, request: Request) -> None:
+    def attend(self, queries: Queries) -> None:
         """Emit everything; scores and probabilities are counted from the first key of the request's first tile."""
-        self._scores(queries, request)
-        totals = self._exponentials(queries, request)
-        self._context(queries, request, totals)
+
+        def together(vectors: list[Vector]) -> None:
+            self._scores(queries, vectors)
+            totals = self._exponentials(queries.request, len(vectors))
+            self._context(queries, vectors, totals)
+
+        for_each_vector(self.isa, self.knobs.queries, queries, together)
 
     def _channel(self, of: str, queries: Queries) -> Any:
         """First of the head's channels of q, k or v."""
         return T.Bind((queries.head + "qkv".index(of) * self.spec.heads) * self.spec.head_size)
 
-    def _scores(self, queries: Queries, request: Request) -> None:
-        isa = self.isa
+    def _scores(self, queries: Queries, vectors: list[Vector]) -> None:
+        isa, request = self.isa, queries.request
         count = self.knobs.accumulators // self.knobs.queries
         q, k = self._channel("q", queries), self._channel("k", queries)
         with T.serial(request.tiles) as t, T.serial(TILE // count) as block:
-            sums = [self._zeros(len(queries.vectors)) for _ in range(count)]
+            sums = [self._zeros(len(vectors)) for _ in range(count)]
             with T.serial(self.spec.head_size) as c:
-                x = [T.Bind(self.qkv[tile, q + c, lanes_of(part, isa)]) for tile, part in queries.vectors]
+                x = [T.Bind(self.qkv[tile, q + c, lanes_of(part, isa)]) for tile, part in vectors]
                 for i, of_key in enumerate(sums):
                     key = T.Bind(splat(self.qkv[request.first + t, k + c, block * count + i], isa.lanes))
                     for s, of_query in zip(of_key, x, strict=True):
@@ -85,11 +97,11 @@ class _Kernel:
                 for j, s in enumerate(of_key):
                     T.buffer_store(self.scores, s[0], [j, t * TILE + block * count + i, self.every])
 
-    def _exponentials(self, queries: Queries, request: Request) -> list[Any]:
+    def _exponentials(self, request: Request, vectors: int) -> list[Any]:
         """Replace scores by exponentials, the highest of which is 1; returns their sums per query."""
         lanes = self.isa.lanes
         factor = self.spec.scale * math.log2(math.e)
-        most = [self._maximum(j, request) for j in range(len(queries.vectors))]
+        most = [self._maximum(j, request) for j in range(vectors)]
         totals = self._zeros(len(most))
 
         def rows_from(row: Any, count: int) -> None:
@@ -115,12 +127,12 @@ class _Kernel:
             T.buffer_store(highest, T.max(highest[0], self.scores[query, request.lead + i, self.every]), [0])
         return T.Bind(highest[0])
 
-    def _context(self, queries: Queries, request: Request, totals: list[Any]) -> None:
+    def _context(self, queries: Queries, vectors: list[Vector], totals: list[Any]) -> None:
         """Multiply the exponentials by the values and store rows of the result."""
-        isa = self.isa
+        isa, request = self.isa, queries.request
         v = self._channel("v", queries)
         inverses = [T.Bind(splat(1.0, isa.lanes) / total) for total in totals]
-        stores = [self._store(vector, self._channel("q", queries), request) for vector in queries.vectors]
+        stores = [self._store(vector, self._channel("q", queries), request) for vector in vectors]
 
         def block(channel: Any, count: int) -> None:
             sums = [self._zeros(len(totals)) for _ in range(count)]
@@ -142,7 +154,7 @@ class _Kernel:
         if rest:
             block(whole * count, rest)
 
-    def _store(self, vector: tuple[Any, Any], first_channel: Any, request: Request) -> Any:
+    def _store(self, vector: Vector, first_channel: Any, request: Request) -> Any:
         """Store a channel of the head: 0 past the request's end; lanes before a later request keep what they have."""
         tile, part = vector
         lanes = self.isa.lanes

@@ -160,6 +160,12 @@ def clamp(x: Any, low: float, high: float, lanes: int) -> Any:
     return T.min(T.max(x, splat(float(low), lanes)), splat(float(high), lanes))
 
 
+def instruction(dtype: str, name: str, lanes: int, *args: Any) -> Any:
+    """Call an integer instruction that AVX2 and AVX-512BW share, by LLVM's name for it, in full vectors."""
+    full = f"avx512.{name}.512" if lanes == 16 else f"avx2.{name}"
+    return T.call_llvm_pure_intrin(dtype, f"llvm.x86.{full}", *args)
+
+
 def round_int(x: Any, lanes: int) -> Any:
     """Float32 vector to int32, to nearest, halves to even (vcvtps2dq); ``x`` must fit int32."""
     return T.call_llvm_pure_intrin(f"int32x{lanes}", "llvm.lrint", x)
@@ -174,24 +180,31 @@ def pack4(rows: Sequence[Any], lanes: int) -> Any:
     return (shifted(rows[3], 24) | shifted(rows[2], 16)) | (shifted(rows[1], 8) | rows[0])
 
 
+def round2(a: Any, b: Any, lanes: int) -> Any:
+    """Round two float32 vectors to int16, halves to even, and pack them into one vector.
+
+    What int16 can't hold saturates; values from 2³¹ and NaN become the smallest. Each 128 bits hold four lanes of
+    ``a``, then the same four of ``b``.
+    """
+    return instruction(f"int16x{2 * lanes}", "packssdw", lanes, round_int(a, lanes), round_int(b, lanes))
+
+
+def pack_bytes(ab: Any, cd: Any, lanes: int, *, signed: bool = False) -> Any:
+    """Pack two results of ``round2`` into the bytes of one int32 vector, a in the low byte, then b, c, d; saturates."""
+    byte = f"int8x{4 * lanes}"
+    packed = instruction(byte, "packsswb" if signed else "packuswb", lanes, ab, cd)
+    first_of_each = [T.int32(0x0C080400 + 0x01010101 * (lane % 4)) for lane in range(lanes)]
+    order = tvm.tirx.Shuffle(first_of_each, [T.int32(lane) for lane in range(lanes)])
+    return T.reinterpret(f"int32x{lanes}", instruction(byte, "pshuf.b", lanes, packed, T.reinterpret(byte, order)))
+
+
 def round4(rows: Sequence[Any], lanes: int, *, signed: bool = False) -> Any:
     """Round four float32 vectors to bytes, halves to even, and pack them into one int32 vector, the first lowest.
 
-    What uint8 (int8 if ``signed``) can't hold saturates; values from 2³¹ and NaN become the smallest. The packing
-    instructions leave, in each 128 bits, four lanes of the first row, then four of the second…: a shuffle sorts them.
+    What uint8 (int8 if ``signed``) can't hold saturates; values from 2³¹ and NaN become the smallest.
     """
-    half, byte = f"int16x{2 * lanes}", f"int8x{4 * lanes}"
-
-    def instruction(dtype: str, name: str, *args: Any) -> Any:
-        full = f"avx512.{name}.512" if lanes == 16 else f"avx2.{name}"
-        return T.call_llvm_pure_intrin(dtype, f"llvm.x86.{full}", *args)
-
-    a, b, c, d = (round_int(row, lanes) for row in rows)
-    halves = [instruction(half, "packssdw", *pair) for pair in ((a, b), (c, d))]
-    packed = instruction(byte, "packsswb" if signed else "packuswb", *halves)
-    first_of_each = [T.int32(0x0C080400 + 0x01010101 * (lane % 4)) for lane in range(lanes)]
-    order = tvm.tirx.Shuffle(first_of_each, [T.int32(lane) for lane in range(lanes)])
-    return T.reinterpret(f"int32x{lanes}", instruction(byte, "pshuf.b", packed, T.reinterpret(byte, order)))
+    a, b, c, d = rows
+    return pack_bytes(round2(a, b, lanes), round2(c, d, lanes), lanes, signed=signed)
 
 
 def quantize4(rows: Sequence[Any], inverse: Any, zero: Any, lanes: int) -> Any:

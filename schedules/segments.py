@@ -6,20 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from whet.schedules.gemm import named
 from whet.schedules.isa import TILE, Isa, splat
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Vectors of tokens that a kernel works on at once."""
-
-    head: Any
-    vectors: list[tuple[Any, Any]]
-    """Tile and part of each."""
 
 
 @dataclass(frozen=True)
@@ -53,71 +43,78 @@ class Request:
         first = T.Bind(self.lead // size)
         return first, T.Bind((self.end + (size - 1)) // size - first)
 
-    def covers(self, tile: Any) -> Any:
-        """Whether the request has tokens in the tile."""
-        return tirx.all(tile >= self.first, tile < self.first + self.tiles)
-
     def is_first_of(self, tile: Any) -> Any:
         """Whether no earlier request has tokens in the tile."""
         return self.entry == self.entries[tile, 0]
 
 
+@dataclass(frozen=True)
+class Queries:
+    """Tiles of one request's tokens, and one of the heads: what a kernel works on at once."""
+
+    head: Any
+    tile: Any
+    """First tile."""
+    count: Any
+    """Number of tiles, at least 1."""
+    request: Request
+
+
+Vector = tuple[Any, Any]
+"""Tile and part of a vector of tokens."""
+
+
 def for_each_request(
-    isa: Isa,
     heads: int,
-    count: int,
+    unit: int,
     segments: Any,
     tiles: Any,
     prepare: Callable[[], None],
-    body: Callable[[Queries, Request], None],
+    body: Callable[[Queries], None],
 ) -> None:
-    """Emit ``body`` for all vectors of all tiles, all heads, and each request with tokens there in turn.
+    """Emit ``body`` for all heads, all runs of ``unit`` tiles, and each request with tokens there in turn.
 
-    ``count`` vectors are handed over together where a request covers all of them, else one by one. Each unit of
-    parallel work, which begins with ``prepare``, has its own vectors, so no two write the same memory.
+    Each unit of parallel work, which begins with ``prepare``, has its own tiles, so no two write the same memory.
     """
     entries = _entries_of_tiles(segments, tiles)
-    units = named("units", T.Bind((tiles * isa.parts + (count - 1)) // count))
+    units = named("units", T.Bind((tiles + (unit - 1)) // unit))
     with T.parallel(heads * units) as task:
         head = named("head", T.Bind(task // units))
-        vector = named("vector", T.Bind(task % units * count))
+        low = named("low", T.Bind(task % units * unit))
+        high = named("high", T.Bind(T.min(low + unit, tiles)))
         prepare()
-        last = T.Bind(T.min((vector + (count - 1)) // isa.parts, tiles - 1))
-        begin = named("begin", T.Bind(entries[vector // isa.parts, 0]))
-        with T.serial(entries[last, 1] - begin) as i:
+        begin = named("begin", T.Bind(entries[low, 0]))
+        with T.serial(entries[high - 1, 1] - begin) as i:
             entry = named("entry", T.Bind(begin + i))
             start, length = _bounds(segments, entry)
             with T.If(length > 0), T.Then():
                 request = Request.at(entries, entry, start, length)
-
-                def places(first: Any, number: int) -> list[tuple[Any, Any]]:
-                    vectors = [T.Bind(first + n) for n in range(number)]
-                    return [(T.Bind(v // isa.parts), T.Bind(v % isa.parts)) for v in vectors]
-
-                together = places(vector, count)
-                if count == 1:
-                    body(Queries(head, together), request)
-                else:
-                    with T.If(_opaque(tirx.all(*(request.covers(tile) for tile, _ in together)))):
-                        with T.Then():
-                            body(Queries(head, together), request)
-                        with T.Else(), T.serial(count) as n:
-                            alone = places(vector + n, 1)
-                            with T.If(_opaque(request.covers(alone[0][0]))), T.Then():
-                                body(Queries(head, alone), request)
+                tile = named("tile", T.Bind(T.max(low, request.first)))
+                count = named("tile_count", T.Bind(T.min(high, request.first + request.tiles) - tile))
+                body(Queries(head, tile, count, request))
 
 
-def _opaque(condition: Any) -> Any:
-    """The condition by way of memory: TVM's buffer compaction takes many seconds to draw conclusions from it."""
-    flag = T.alloc_buffer((1,), "int32")
-    T.buffer_store(flag, T.cast(condition, "int32"), [0])
-    return flag[0] != 0
+def for_each_vector(isa: Isa, together: int, queries: Queries, body: Callable[[list[Vector]], None]) -> None:
+    """Emit ``body`` for all vectors of the queries: ``together`` at once, then what is left one by one."""
+
+    def places(first: Any, number: int) -> list[Vector]:
+        vectors = [T.Bind(first + n) for n in range(number)]
+        return [(T.Bind(queries.tile + v // isa.parts), T.Bind(v % isa.parts)) for v in vectors]
+
+    vectors = T.Bind(queries.count * isa.parts)
+    whole = T.Bind(vectors // together)
+    with T.serial(whole) as i:
+        body(places(i * together, together))
+    if isa.parts % together:
+        with T.serial(vectors - whole * together) as i:
+            body(places(whole * together + i, 1))
 
 
 def _entries_of_tiles(segments: Any, tiles: Any) -> Any:
     """First and one past the last entry of ``segments`` ``(ng, 16, 2)`` in each tile: int32 ``(tiles, 2)``.
 
-    One pass over entries and tiles, so that no tile has to search. Tiles of no request get an empty range.
+    One pass over entries and tiles, so that no tile has to search. Tiles of no request get an empty range, between
+    those of their neighbours.
     """
     entries = named("entries", T.alloc_buffer((tiles, 2), "int32"))
     with T.serial(tiles) as tile:
@@ -131,6 +128,9 @@ def _entries_of_tiles(segments: Any, tiles: Any) -> Any:
             with T.If(entries[tile, 1] == 0), T.Then():
                 T.buffer_store(entries, T.cast(entry, "int32"), [tile, 0])
             T.buffer_store(entries, T.cast(entry + 1, "int32"), [tile, 1])
+    with T.serial(tiles - 1) as i, T.If(entries[i + 1, 1] == 0), T.Then():
+        T.buffer_store(entries, entries[i, 1], [i + 1, 0])
+        T.buffer_store(entries, entries[i, 1], [i + 1, 1])
     return entries
 
 
@@ -152,3 +152,18 @@ def lanes_before(first_token: Any, token: Any, isa: Isa) -> Any:
 def blend(mask: Any, a: Any, b: Any) -> Any:
     """Take int32 ``a`` where ``mask`` is all ones and ``b`` where it is 0."""
     return (a & mask) | (b & ~mask)
+
+
+def store_from(isa: Isa, out: Any, vector: Vector, request: Request) -> Callable[[Any, Any], None]:
+    """Return what stores an int32 vector of a row of ``out`` ``(nt, rows, 16)``: lanes before the request keep theirs.
+
+    Requests come in ascending order, so what is written past a request's end is overwritten.
+    """
+    tile, part = vector
+    at = T.ramp(part * isa.lanes, 1, isa.lanes)
+    others = T.Bind(lanes_before(tile * TILE + part * isa.lanes, request.start, isa))
+
+    def store(row: Any, value: Any) -> None:
+        T.buffer_store(out, blend(others, out[tile, row, at], value), [tile, row, at])
+
+    return store

@@ -1,0 +1,104 @@
+"""The softmax of int8 attention: scores, one row of queries per key, to probabilities of 8 bits, 255 for the highest.
+
+Scores are integers kept as floats ``SCORE_ZERO`` + s, which an integer sum that starts from the bits of
+``SCORE_ZERO`` is without a conversion as long as |s| < 2²². Exponentials are computed in 16 bits, twice as many to a
+vector and rounded alike by every instruction set.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from whet.schedules.elementwise import QUAD
+from whet.schedules.isa import Isa, fma, instruction, pack_bytes, round2, splat
+from whet.schedules.segments import Request
+
+SCORE_ZERO = 0x4B400000
+"""The bits of 1.5·2²³."""
+
+MAX_HEAD_SIZE = 256
+"""Largest head whose scores, at most 128 · 127 a channel, stay below 2²²."""
+
+_NOTHING = -0x00800000
+"""The bits of −∞."""
+
+_RANGE = 16
+"""2^t is computed for −16 ≤ t ≤ 0; 255·2^t rounds to 0 from −9 down."""
+
+_SQUARINGS = 4
+_ROOT = (32760, 22659, 7216)
+"""(255/256·2^(16z))^(1/16) for −1 ≤ z ≤ 0 as c₀ + c₁·z + c₂·z², all in 1/32768.
+
+Minimax in the error of 255·2^(16z), which is 0.05; with the roundings to 16 bits it is 0.16."""
+
+
+class Softmax:
+    """Softmax over the keys of one request, for vectors of queries whose scores are rows of a buffer.
+
+    The buffer is int32 ``(vectors, rows, lanes)``.
+    """
+
+    def __init__(self, scores: Any, request: Request, factor: Any, isa: Isa) -> None:
+        """Take the buffer and the factor of the scores, a scalar expression."""
+        self.scores, self.request, self.isa = scores, request, isa
+        # t/16 in 1/32768 is 2048·t.
+        self.factor = T.Bind(splat(factor * T.float32(math.log2(math.e) * 32768 / _RANGE), isa.lanes))
+        self.first, self.quads = request.blocks(QUAD)
+        self.every = T.ramp(0, 1, isa.lanes)
+
+    def offset(self, vector: int) -> Any:
+        """Minus the highest score of each query, times the factor: what ``quad`` needs; call it once a vector.
+
+        Keys of other requests in the first and last quad get scores of −∞ here.
+        """
+        isa, request = self.isa, self.request
+        begin, end = self.first * QUAD, (self.first + self.quads) * QUAD
+        for row, count in ((begin, request.lead - begin), (request.end, end - request.end)):
+            with T.serial(count) as i:
+                T.buffer_store(self.scores, splat(_NOTHING, isa.lanes, "int32"), [vector, row + i, self.every])
+        chains = [isa.register("float32") for _ in range(QUAD)]
+        for i, m in enumerate(chains):
+            T.buffer_store(m, self._score(vector, begin + i), [0])
+        with T.serial(self.quads - 1) as quad:
+            for i, m in enumerate(chains):
+                T.buffer_store(m, T.max(m[0], self._score(vector, begin + (quad + 1) * QUAD + i)), [0])
+        a, b, c, d = (m[0] for m in chains)
+        return T.Bind(-(T.max(T.max(a, b), T.max(c, d)) * self.factor))
+
+    def quad(self, vector: int, quad: Any, offset: Any) -> Any:
+        """Probabilities of four keys as the bytes of an int32 vector."""
+        lanes = self.isa.lanes
+        a, b, c, d = (fma(self._score(vector, quad * QUAD + i), self.factor, offset) for i in range(QUAD))
+        ab, cd = (_exp2(T.Bind(round2(*pair, lanes)), lanes) for pair in ((a, b), (c, d)))
+        return T.Bind(pack_bytes(ab, cd, lanes))
+
+    def _score(self, vector: int, row: Any) -> Any:
+        return T.reinterpret(f"float32x{self.isa.lanes}", self.scores[vector, row, self.every])
+
+
+def sum_of_quads(isa: Isa, total: Any, quad: Any) -> Any:
+    """Add the four bytes of each lane to the total."""
+    return isa.dot4(total, quad, splat(0x01010101, isa.lanes, "int32"))
+
+
+def _exp2(z: Any, lanes: int) -> Any:
+    """``round(255 · 2^(z/2048))`` of int16, z at most 0 or nearly so."""
+    dtype = f"int16x{2 * lanes}"
+
+    def const(value: int) -> Any:
+        return splat(value, 2 * lanes, "int16")
+
+    def times(a: Any, b: Any) -> Any:
+        """Rounded ``a·b / 32768``."""
+        return T.Bind(instruction(dtype, "pmul.hr.sw", lanes, a, b))
+
+    constant, linear, quadratic = (const(c) for c in _ROOT)
+    inner = times(z, quadratic) + linear
+    # Saturating, because the highest score's product was rounded on its way: z may be above 0.
+    y = T.Bind(T.call_llvm_pure_intrin(dtype, "llvm.sadd.sat", times(z, inner), constant))
+    for _ in range(_SQUARINGS):
+        y = times(y, y)
+    return times(y, const(256))

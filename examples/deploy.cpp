@@ -10,7 +10,8 @@
 //
 //   ./deploy model.so ./libtvm_runtime.so 101 7592 2088 102
 //
-// prints one line per request (embeddings, classes) or one per token. TVM_NUM_THREADS sets the number of threads.
+// prints one line per request (embeddings, classes) or one per token. TVM_NUM_THREADS sets the number of threads. Of a
+// module with code for several instruction sets it runs the fastest that the CPU has.
 
 #include <dlfcn.h>
 #include <sys/syscall.h>
@@ -91,8 +92,7 @@ void* Symbol(void* library, const char* name) {
   return symbol;
 }
 
-// The process would die of an unknown instruction: compare the flags first, as the Python runtime does.
-void CheckCpu(const json::Array& required) {
+std::set<std::string> CpuFlags() {
   std::ifstream info("/proc/cpuinfo");
   std::set<std::string> flags;
   for (std::string line; flags.empty() && std::getline(info, line);) {
@@ -100,14 +100,35 @@ void CheckCpu(const json::Array& required) {
     std::istringstream words(line.substr(line.find(':') + 1));
     for (std::string word; words >> word;) flags.insert(word);
   }
+  return flags;
+}
+
+// Why this machine cannot run code that needs these flags; empty if it can.
+std::string WhyNot(const json::Array& required) {
+  static const std::set<std::string> flags = CpuFlags();
   for (const ffi::Any& value : required) {
     std::string flag = value.cast<ffi::String>();
-    if (flags.count(flag) == 0) throw std::runtime_error("this CPU lacks " + flag + "; compile the model for it");
+    if (flags.count(flag) == 0) return "this CPU lacks " + flag;
     // Linux keeps the AMX tile registers from a process until it asks (arch_prctl, ARCH_REQ_XCOMP_PERM).
-    if (flag == "amx_int8" && syscall(SYS_arch_prctl, 0x1023, 18) != 0) {
-      throw std::runtime_error("the kernel refuses the AMX registers; compile the model for avx512_vnni");
-    }
+    if (flag == "amx_int8" && syscall(SYS_arch_prctl, 0x1023, 18) != 0) return "the kernel refuses the AMX registers";
   }
+  return "";
+}
+
+// The process would die of an unknown instruction: choose first, as the Python runtime does. In a module with code for
+// several instruction sets the list "variants", the fastest first, completes the metadata.
+json::Object ChooseVariant(json::Object metadata) {
+  const ffi::String list("variants");
+  const json::Array variants = metadata.count(list) ? metadata.at(list).cast<json::Array>() : json::Array{json::Object()};
+  std::string reasons;
+  for (const ffi::Any& variant : variants) {
+    json::Object chosen = metadata;
+    for (const auto& [key, value] : variant.cast<json::Object>()) chosen.Set(key, value);
+    const std::string reason = WhyNot(Get<json::Array>(chosen, "cpu_flags"));
+    if (reason.empty()) return chosen;
+    reasons += std::string(Get<ffi::String>(chosen, "isa")) + ": " + reason + "; ";
+  }
+  throw std::runtime_error(reasons + "compile the model for this machine");
 }
 
 int Run(const std::string& path, const std::string& runtime, const std::vector<int64_t>& ids) {
@@ -118,7 +139,7 @@ int Run(const std::string& path, const std::string& runtime, const std::vector<i
   const char* text = static_cast<const char*>(Symbol(library, "whet_metadata"));
   json::Object metadata = json::Parse(ffi::String(text)).cast<json::Object>();
   if (Get<int64_t>(metadata, "format") != 1) throw std::runtime_error("this program reads format 1 only");
-  CheckCpu(Get<json::Array>(metadata, "cpu_flags"));
+  metadata = ChooseVariant(metadata);
   if (Get<ffi::String>(metadata, "convention") != "packed") throw std::runtime_error("only packed modules are handled");
 
   // Kernels do not check bounds.
@@ -148,7 +169,7 @@ int Run(const std::string& path, const std::string& runtime, const std::vector<i
   const int64_t channels = Get<int64_t>(output, "channels");
   Buffer<float> values({per_token ? tiles : 1, channels, kTile});
 
-  ffi::Function main = ffi::Module::LoadFromFile(path)->GetFunction("main").value();
+  ffi::Function main = ffi::Module::LoadFromFile(path)->GetFunction(Get<ffi::String>(metadata, "entry")).value();
   main(tokens.tensor(), positions.tensor(), types.tensor(), segments.tensor(), weights, workspace.tensor(),
        values.tensor());
 

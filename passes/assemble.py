@@ -53,7 +53,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Assembled:
-    """``module["main"]`` and its memory."""
+    """``module[entry]``, the kernels it calls, and its memory."""
 
     module: IRModule
     workspace: Workspace
@@ -68,9 +68,9 @@ class _Slot:
     free: bool = False
 
 
-def assemble(module: IRModule, weight_offsets: Sequence[int]) -> Assembled:
-    """Assemble a lowered module whose weights stand at these bytes of the blob, in order."""
-    return _Assembly(relax.transform.LegalizeOps()(module), weight_offsets).run()
+def assemble(module: IRModule, weight_offsets: Sequence[int], entry: str = "main") -> Assembled:
+    """Assemble a lowered module whose weights stand at these bytes of the blob, in order, as a function ``entry``."""
+    return _Assembly(relax.transform.LegalizeOps()(module), weight_offsets).run(entry)
 
 
 class _Assembly:
@@ -84,10 +84,10 @@ class _Assembly:
         self.slots: list[_Slot] = []
         self.subroutines: dict[tuple[GlobalVar, bool], tuple[GlobalVar, tirx.PrimFunc]] = {}
 
-    def run(self) -> Assembled:
+    def run(self, entry: str) -> Assembled:
         slots = self.plan()
         with IRBuilder() as builder, T.prim_func():
-            T.func_name("main")
+            T.func_name(entry)
             counts: dict[Unit, Any] = {"tile": T.int64(), "group": T.int64()}
             shapes = {"tile": (counts["tile"], TILE), "group": (counts["group"], TILE, 2)}
             pointers = {(p, 0): _argument(p.name, shapes[self.unit(p.ty)], "int32").data for p in self.inputs}
@@ -103,8 +103,8 @@ class _Assembly:
                 pointers[value] = T.handle_add_byte_offset(scratch, offsets[id(slot)])
             for binding in self.calls:
                 self.emit(binding, pointers, counts)
-        main = builder.get().with_attr("global_symbol", "main")
-        functions = {GlobalVar("main"): main, **dict(self.subroutines.values())}
+        main = builder.get().with_attr("global_symbol", entry)
+        functions = {GlobalVar(entry): main, **dict(self.subroutines.values())}
         sizes = {unit: sum(s.size for s in self.slots if s.unit == unit) for unit in ("tile", "group")}
         return Assembled(IRModule(functions), Workspace(sizes["tile"], sizes["group"]))
 

@@ -27,7 +27,8 @@ from .quantise import QuantisationConfig, quantise
 class Options:
     """What a user decides about the passes."""
 
-    isa: Isa
+    isas: tuple[Isa, ...]
+    """The graph is specialised for each of these."""
     max_length: int
     quantisation: QuantisationConfig | None
     """None compiles everything in float32."""
@@ -39,7 +40,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The lowered module and what was decided on the way."""
+    """The module lowered for one instruction set, and what was decided on the way."""
 
     lowered: Lowered
     choices: list[Choice]
@@ -51,10 +52,13 @@ def run_pipeline(
     requests: Sequence[np.ndarray[Any, Any]],
     token_types: Sequence[np.ndarray[Any, Any]],
     progress: Progress,
-) -> Compiled:
-    """From a dialect graph to kernel calls. ``requests`` (1-D token ids) are what calibration runs."""
+) -> list[Compiled]:
+    """From a dialect graph to kernel calls, for each of ``options.isas``.
+
+    Only the last two steps look at the instruction set. ``requests`` (1-D token ids) are what calibration runs.
+    """
     dump = _Dump(options.dump_ir)
-    choices: list[Choice] = []
+    choices: list[list[Choice]] = [[] for _ in options.isas]
     dump(module, "imported")
 
     with progress.phase("1 fuse"):
@@ -71,14 +75,20 @@ def run_pipeline(
         with progress.phase("3 calibrate and quantise", len(requests)) as advance:
             module = quantise(module, options.quantisation, requests, token_types, advance)
             dump(module, "quantise")
-        with progress.phase("4 choose kernels"):
-            module, choices = choose_kernels(module, options.isa)
-            dump(module, "choose_kernels")
 
+    modules = [module] * len(options.isas)
+    if options.quantisation is not None:
+        with progress.phase("4 choose kernels"):
+            for i, isa in enumerate(options.isas):
+                modules[i], choices[i] = choose_kernels(module, isa)
+                dump(modules[i], f"choose_kernels_{isa.name}")
+
+    compiled = []
     with progress.phase("5 lower to kernels"):
-        lowered = lower(module, options.isa, options.max_length)
-        dump(lowered.module, "lower")
-    return Compiled(lowered, choices)
+        for chosen, made, isa in zip(modules, choices, options.isas, strict=True):
+            compiled.append(Compiled(lower(chosen, isa, options.max_length), made))
+            dump(compiled[-1].lowered.module, f"lower_{isa.name}")
+    return compiled
 
 
 class _Dump:

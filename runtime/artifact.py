@@ -3,7 +3,7 @@
 ======================  =====================  ==========================================================
 section                 symbol                 contents
 ======================  =====================  ==========================================================
-``.whet.metadata``      ``whet_metadata``      JSON, :class:`whet.runtime.metadata.Metadata`
+``.whet.metadata``      ``whet_metadata``      JSON, see :mod:`whet.runtime.metadata`
 ``.whet.weights``       ``whet_weights``       arrays at 64-byte multiples; the section starts on a page
 ``.whet.tokenizer``     ``whet_tokenizer``     ``tokenizer.json``, or empty
 ``.whet.digest``        ``whet_digest``        SHA-256 of all but the weights, then SHA-256 of the weights
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.runtime.metadata import ALIGNMENT, ArtifactError, Metadata, Weight
+from whet.runtime.metadata import ALIGNMENT, ArtifactError, Metadata, Weight, from_json
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
@@ -59,10 +59,16 @@ class Artifact:
     """A checked, memory-mapped module file; see :func:`open_artifact`."""
 
     path: Path
-    metadata: Metadata
+    variants: tuple[Metadata, ...]
+    """One per instruction set, the fastest first; a file has at least one."""
     digest: bytes
     _pages: mmap.mmap
     _sections: dict[str, Span]
+
+    @property
+    def metadata(self) -> Metadata:
+        """What the fastest variant says; the model's own properties are the same in all."""
+        return self.variants[0]
 
     @property
     def tokenizer_json(self) -> str | None:
@@ -74,10 +80,13 @@ class Artifact:
         span = self._sections[".whet.weights"]
         return np.frombuffer(self._pages, np.uint8, span.size, span.offset)
 
-    def weights(self) -> list[NDArray[np.generic]]:
-        """Return views of the mapped pages, in the order of the weights table; they keep the mapping alive."""
+    def weights(self, variant: Metadata | None = None) -> list[NDArray[np.generic]]:
+        """Return views of the mapped pages, in the order of the variant's weights table; they keep the mapping alive.
+
+        Without a variant they are the fastest one's.
+        """
         blob = self._sections[".whet.weights"]
-        return [_view(self._pages, blob, weight) for weight in self.metadata.weights]
+        return [_view(self._pages, blob, weight) for weight in (variant or self.metadata).weights]
 
     def verify(self) -> None:
         """Compare the weights with the checksum taken when the file was written (everything else is checked on open).
@@ -115,12 +124,12 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     if code_digest(pages, sections) != digest[:32]:
         raise ArtifactError(f"{path} is corrupt: its contents differ from their checksum; copy or compile it again")
     try:
-        metadata = Metadata.from_json(pages[sections[".whet.metadata"].text])
-        for weight in metadata.weights:
+        variants = from_json(pages[sections[".whet.metadata"].text])
+        for weight in (weight for variant in variants for weight in variant.weights):
             _view(pages, sections[".whet.weights"], weight)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
-    return Artifact(path, metadata, digest, pages, sections)
+    return Artifact(path, variants, digest, pages, sections)
 
 
 def code_digest(pages: mmap.mmap, sections: dict[str, Span]) -> bytes:

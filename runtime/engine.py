@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from whet.runtime.artifact import Artifact
-from whet.runtime.cpu import check_cpu, request_amx
+from whet.runtime.cpu import choose_variant
 from whet.runtime.ffi import tvm_ffi
 from whet.runtime.library import load_runtime
 from whet.runtime.metadata import ArtifactError, Metadata
@@ -33,23 +33,20 @@ class Engine:
     weights. May be used after a fork. Results are the caller's own arrays and outlive the engine.
     """
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
+    def __init__(self, artifact: Artifact, threads: int | None = None, isa: str | None = None) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}; expected at least 1, or None for all CPUs the process may use")
-        self.metadata: Metadata = artifact.metadata
+        self.metadata: Metadata = choose_variant(artifact.variants, isa)
         self.path: Path = artifact.path
         self.threads: int = threads or available_cpus()
-        check_cpu(self.metadata.cpu_flags, self.metadata.isa)
         self._runtime = load_runtime(self.path.resolve().parent)
-        if "amx_int8" in self.metadata.cpu_flags:
-            request_amx()
         self._library = _load_library(artifact)
         packed = self.metadata.convention == "packed"
-        self._main: Any = self._library["main"] if packed else None
+        self._main: Any = self._library[self.metadata.entry] if packed else None
         self._weights = (
             tvm_ffi.from_dlpack(artifact.blob())
             if packed
-            else tvm_ffi.convert([tvm_ffi.from_dlpack(array) for array in artifact.weights()])
+            else tvm_ffi.convert([tvm_ffi.from_dlpack(array) for array in artifact.weights(self.metadata)])
         )
         self._local = threading.local()
         self._helpers: dict[int, ThreadPoolExecutor] = {}
@@ -230,7 +227,7 @@ class Engine:
         return invoke(args)
 
     def _invoke_packed(self, args: list[NDArray[Any]]) -> None:
-        """Call ``main``; the last of ``args`` is what it writes."""
+        """Call the compiled function; the last of ``args`` is what it writes."""
         *inputs, out = map(tvm_ffi.from_dlpack, args)
         self._main(*inputs, self._weights, self._workspace(len(args[0]), len(args[3])), out)
 

@@ -1,10 +1,15 @@
-"""What a compiled module says about itself: the JSON document in its section ``.whet.metadata``."""
+"""What a compiled module says about itself: the JSON document in its section ``.whet.metadata``.
+
+A file holds the code for one instruction set, or variants of it for several. The document is an object with the fields
+of :class:`Metadata`; where the variants differ the fields stand in the objects of a list ``"variants"`` instead, the
+fastest first.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 FORMAT = 1
@@ -12,15 +17,6 @@ FORMAT = 1
 
 ALIGNMENT = 64
 """Every weight starts at a multiple of this in the blob; compiled code loads whole cache lines."""
-
-
-def lay_out(sizes: Iterable[int]) -> list[int]:
-    """Where arrays of these many bytes start in the weights blob, one after the other."""
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end + -end % ALIGNMENT)
-        end = offsets[-1] + size
-    return offsets
 
 
 class ArtifactError(ValueError):
@@ -51,14 +47,14 @@ class Weight:
 
 @dataclass(frozen=True)
 class Metadata:
-    """Everything a runtime has to know about a module; :mod:`whet.link` fills in ``weights``."""
+    """Everything a runtime has to know about a module, or about one variant of its code."""
 
     whet: str
     tvm_ffi: str
     name: str
     task: str
     convention: str
-    """``"packed"``: the function main(ids, positions, token_types, segments, weights, workspace, out), where weights
+    """``"packed"``: the function entry(ids, positions, token_types, segments, weights, workspace, out), where weights
     is the blob and workspace is scratch memory, both uint8. ``"padded"``: a Relax VM executable with main(*inputs,
     weights), int64 ``(batch, sequence)`` inputs and a tuple of weights."""
     inputs: tuple[str, ...]
@@ -76,6 +72,8 @@ class Metadata:
     """Flags, named as in ``/proc/cpuinfo``, without which the code must not run."""
     max_tokens: int
     """Most packed tokens a single call takes."""
+    entry: str = "main"
+    """Name of the function that runs the model."""
     workspace_per_tile: int = 0
     workspace_per_group: int = 0
     """Bytes of scratch memory that a packed ``main`` wants for each tile of tokens and each group of requests."""
@@ -96,38 +94,50 @@ class Metadata:
                 f"max_tokens is {self.max_tokens}, less than max_length {self.max_length}: the longest request must fit"
             )
 
-    def to_json(self) -> str:
-        """Write the document, indented: ``strings model.so`` shows it."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Metadata:
-        """Parse the document.
+def to_json(variants: Sequence[Metadata]) -> str:
+    """Write the document, indented: ``strings model.so`` shows it."""
+    documents = [asdict(variant) for variant in variants]
+    shared = {k: v for k, v in documents[0].items() if all(document[k] == v for document in documents)}
+    if len(documents) > 1:
+        shared["variants"] = [{k: v for k, v in d.items() if k not in shared} for d in documents]
+    return json.dumps(shared, indent=1, ensure_ascii=False)
 
-        Raises:
-            ArtifactError: it is not JSON, lacks a field, or has another format version.
 
-        """
-        try:
-            document = json.loads(text)
-        except ValueError as error:
-            raise ArtifactError(f"the metadata is not JSON ({error}); the file is corrupt: copy it again") from error
-        if not isinstance(document, dict):
-            raise ArtifactError("the metadata is not a JSON object; the file is corrupt: copy it again")
-        if document.get("format") != FORMAT:
-            raise ArtifactError(
-                f"the module has format {document.get('format')!r} (written by whet {document.get('whet', '?')}), this "
-                f"runtime reads format {FORMAT}: compile the model again, or install the whet that wrote it"
-            )
-        missing = sorted(f.name for f in fields(cls) if f.name not in document)
-        if missing:
-            raise ArtifactError(f"the metadata lacks {', '.join(missing)}; compile the model again")
-        known = {f.name: document[f.name] for f in fields(cls)}
-        try:
-            known["output"] = Output(**known["output"])
-            known["weights"] = tuple(Weight(**{**w, "shape": tuple(w["shape"])}) for w in known["weights"])
-            for name in ("inputs", "labels", "cpu_flags", "report", "notes"):
-                known[name] = tuple(known[name])
-            return cls(**known)
-        except (TypeError, KeyError, ValueError) as error:
-            raise ArtifactError(f"the metadata is malformed ({error}); compile the model again") from error
+def from_json(text: str | bytes) -> tuple[Metadata, ...]:
+    """Parse the document; one entry per variant.
+
+    Raises:
+        ArtifactError: it is not JSON, lacks a field, or has another format version.
+
+    """
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise ArtifactError(f"the metadata is not JSON ({error}); the file is corrupt: copy it again") from error
+    if not isinstance(document, dict):
+        raise ArtifactError("the metadata is not a JSON object; the file is corrupt: copy it again")
+    if document.get("format") != FORMAT:
+        raise ArtifactError(
+            f"the module has format {document.get('format')!r} (written by whet {document.get('whet', '?')}), this "
+            f"runtime reads format {FORMAT}: compile the model again, or install the whet that wrote it"
+        )
+    variants = document.get("variants", [{}])
+    if not isinstance(variants, list) or not variants or not all(isinstance(v, dict) for v in variants):
+        raise ArtifactError("the metadata is malformed (variants is no list of objects); compile the model again")
+    return tuple(_parse({**document, **variant}) for variant in variants)
+
+
+def _parse(document: dict[str, Any]) -> Metadata:
+    missing = sorted(f.name for f in fields(Metadata) if f.name not in document and f.default is MISSING)
+    if missing:
+        raise ArtifactError(f"the metadata lacks {', '.join(missing)}; compile the model again")
+    known = {f.name: document[f.name] for f in fields(Metadata) if f.name in document}
+    try:
+        known["output"] = Output(**known["output"])
+        known["weights"] = tuple(Weight(**{**w, "shape": tuple(w["shape"])}) for w in known.get("weights", ()))
+        for name in ("inputs", "labels", "cpu_flags", "report", "notes"):
+            known[name] = tuple(known.get(name, ()))
+        return Metadata(**known)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ArtifactError(f"the metadata is malformed ({error}); compile the model again") from error

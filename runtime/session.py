@@ -68,8 +68,8 @@ class Session(Engine):
     and the file must not be overwritten in place while it is in use (``whet.compile`` replaces it instead).
     """
 
-    def __init__(self, artifact: Artifact, threads: int | None = None) -> None:
-        super().__init__(artifact, threads)
+    def __init__(self, artifact: Artifact, threads: int | None = None, isa: str | None = None) -> None:
+        super().__init__(artifact, threads, isa)
         self._tokenizer_json = artifact.tokenizer_json
 
     def encode(self, texts: str | Iterable[str]) -> NDArray[np.float32]:

@@ -10,6 +10,11 @@ import onnxruntime
 import pytest
 
 import whet
+from whet.describe import describe
+from whet.explain import explain_module
+from whet.runtime.artifact import open_artifact
+from whet.runtime.cpu import why_not
+from whet.schedules.isa import ISAS, host_isa
 
 REFERENCES = Path(__file__).parent / "references"
 SEEDED = sorted(p.parent.name for p in REFERENCES.glob("*/expected.npz"))
@@ -73,6 +78,66 @@ def test_block_sparse_layers_are_found_and_right(compiled):
     assert np.isfinite(out).all() and out.std() > 0
 
 
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory):
+    path = tmp_path_factory.mktemp("variants") / "m.so"
+    return path, whet.compile(REFERENCES / "bert-embedding", path, isa=["avx2", "avx512_vnni"], sparsity=0.75)
+
+
+class TestVariants:
+    """One file with code for several instruction sets."""
+
+    def test_all_that_this_cpu_runs_answer_alike(self, variants):
+        path, _ = variants
+        data = expected("bert-embedding")
+        loaded = [whet.load(path, threads=1, isa=m.isa) for m in open_artifact(path).variants if not why_not(m)]
+        outputs = [run(session, data) for session in loaded]
+        assert loaded[-1].metadata.isa == "avx2"
+        for output in outputs:
+            np.testing.assert_array_equal(output, outputs[-1])
+        assert whet.load(path).metadata.isa == loaded[0].metadata.isa
+
+    def test_the_report_has_them_all(self, variants):
+        path, report = variants
+        assert (report.isa, [*report.others]) == ("avx512_vnni", ["avx2"])
+        assert len(report.layers) == len(report.others["avx2"]) == 8
+        assert "int8 for avx512_vnni, avx2, " in str(report) and "\nfor avx2:\n" in str(report)
+        explanation = explain_module(path)
+        assert explanation.others.keys() == {"avx2"} and str(explanation).count("layer_0_intermediate") == 2
+
+    def test_tables_are_there_once(self, variants):
+        fast, slow = open_artifact(variants[0]).variants
+        places = [{w.name: w.offset for w in m.weights} for m in (fast, slow)]
+        shared = [name for name in places[0] if places[0][name] == places[1].get(name)]
+        assert any(name.startswith("embed") for name in shared)
+        inspected = describe(variants[0])
+        assert all(v.own_weights < v.weights for v in inspected.variants)
+        total = sum(v.weights for v in inspected.variants)
+        assert max(v.weights for v in inspected.variants) <= sum(inspected.weights.values()) < total
+        assert "variant    avx512_vnni: weights" in str(inspected)
+
+    @pytest.mark.parametrize(
+        ("given", "names"),
+        [
+            ("all", [*ISAS]),
+            (["avx2", "avx_vnni", "avx2"], ["avx_vnni", "avx2"]),
+            (["host", "avx2"], [isa for isa in ISAS if isa in (host_isa().name, "avx2")]),
+            ("avx2", ["avx2"]),
+        ],
+    )
+    def test_names(self, tmp_path, monkeypatch, given, names):
+        monkeypatch.setattr("whet.compiler.generate_code", lambda *_: None)
+        monkeypatch.setattr("whet.compiler.write_module", lambda *args: args[-1].touch())
+        report = whet.compile(REFERENCES / "bert-sequence", tmp_path / "m.so", "fp32", isa=given)
+        assert [report.isa, *report.others] == names
+
+    def test_a_plain_graph_is_compiled_once_for_all(self, tmp_path):
+        path = REFERENCES / "onnx" / "mpnet-ts17.onnx"
+        report = whet.compile(path, tmp_path / "m.so", "fp32", isa=["avx512_vnni", "avx_vnni"])
+        assert report.isa == "avx2" and not report.others
+        assert any("avx2" in note for note in report.notes)
+
+
 class TestOnnx:
     """ONNX files against ONNX Runtime: one that is recognised, and one that runs as plain operators."""
 
@@ -129,6 +194,8 @@ class TestErrors:
         [
             ({"precision": "int4"}, "precision is 'int4'"),
             ({"isa": "neon"}, "isa is 'neon'"),
+            ({"isa": ["avx2", "neon"]}, "isa is 'neon'; expected 'host', 'all', or some of amx_int8, "),
+            ({"isa": []}, r"isa is \[\]"),
             ({"sparsity": 1.5}, "sparsity is 1.5"),
             ({"max_length": 4096}, "max_length is 4096"),
             ({"calibration": []}, "calibration is empty"),

@@ -27,6 +27,7 @@ from whet.peers import Inputs, Missing, Peer, Run, make_peers
 from whet.progress import Progress, Silent
 from whet.runtime import Session, load
 from whet.runtime.artifact import open_artifact
+from whet.runtime.cpu import choose_variant
 from whet.runtime.metadata import Metadata
 from whet.runtime.threads import available_cpus
 
@@ -140,8 +141,7 @@ def bench(
         ValueError: a case that the module or the machine can't run, or no source to compare with.
 
     """
-    artifact = open_artifact(module)
-    metadata = artifact.metadata
+    metadata = choose_variant(open_artifact(module).variants)
     if sequences is None:
         sequences = [s for s in SEQUENCES if s <= metadata.max_length] or [metadata.max_length]
     _check(metadata, batches, sequences, threads, min_seconds, against, source)

@@ -38,8 +38,9 @@ class _Names:
         value = getattr(import_module(self.module), self.attribute)
         return [*self.more, *(get_args(value) or value)]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._names()
+    def __contains__(self, given: object) -> bool:
+        """Whether a name, or every one of a list of names, is one of these."""
+        return all(name in self._names() for name in (given if isinstance(given, list) else [given]))
 
     def __iter__(self) -> Iterator[str]:
         try:
@@ -271,6 +272,15 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
         default="int8",
         help="%(choices)s; default %(default)s. fp32 is the reference to compare with",
     )
+    sub.add_argument(
+        "--isa",
+        metavar="ISA,…",
+        type=lambda text: text.split(","),
+        choices=_Names("whet.schedules.isa", "ISAS", "host", "all"),
+        default=["host"],
+        help="instruction sets to compile for, of which loading takes the fastest that the CPU has: %(choices)s; "
+        "default host, the best of this machine",
+    )
     _add_source(sub)
     sub.add_argument("--max-length", metavar="TOKENS", type=_positive, help="a shorter limit than the model's own")
     quantisation = sub.add_argument_group("int8")
@@ -298,13 +308,6 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
 
 def _add_source(sub: argparse.ArgumentParser, defaults: bool = True) -> None:
     """Options that say what the model is and what is made of it, for commands that import one."""
-    sub.add_argument(
-        "--isa",
-        metavar="ISA",
-        choices=_Names("whet.schedules.isa", "ISAS", "host"),
-        default="host" if defaults else None,
-        help="instruction set to compile for: %(choices)s; default host, the best of this machine",
-    )
     sub.add_argument(
         "--task",
         metavar="TASK",
@@ -353,6 +356,12 @@ def _add_inspect(sub: argparse.ArgumentParser) -> None:
 
 def _add_explain(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL|FILE.so", help="a model, or a compiled module, which holds its own report")
+    sub.add_argument(
+        "--isa",
+        metavar="ISA",
+        choices=_Names("whet.schedules.isa", "ISAS", "host"),
+        help="instruction set to decide for: %(choices)s; default host, the best of this machine",
+    )
     _add_source(sub, defaults=False)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from os import PathLike, fspath
@@ -20,16 +21,15 @@ from tokenizers import Tokenizer
 from whet.codegen import generate_code
 from whet.explain import describe_layer
 from whet.frontend.model import Model, Task
-from whet.link import find_compiler, write_module
-from whet.passes.assemble import Workspace, assemble
+from whet.link import Blob, find_compiler, write_module
+from whet.passes.assemble import assemble
 from whet.passes.choose_kernels import Choice
 from whet.passes.dialect import Pooling, shape_of
-from whet.passes.pipeline import Options, run_pipeline
+from whet.passes.pipeline import Compiled, Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
 from whet.progress import Progress, Silent
-from whet.runtime.metadata import Metadata, Output, lay_out
+from whet.runtime.metadata import Metadata, Output, Weight
 from whet.schedules.isa import ISAS, Isa, host_isa
-from whet.schedules.isa import isa as isa_by_name
 
 Precision: TypeAlias = Literal["int8", "fp32"]
 Text: TypeAlias = "str | tuple[str, str]"
@@ -53,19 +53,25 @@ class Report:
     task: str
     precision: str
     isa: str
+    """The fastest instruction set that the file has code for."""
     recognised: bool
     """Whether the model became the encoder dialect; else it runs as plain fp32 ops."""
     layers: tuple[Choice, ...]
     notes: tuple[str, ...]
     seconds: dict[str, float]
+    others: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
+    """The further instruction sets that the file has code for, with their layers, the fastest first."""
 
     def to_json(self) -> str:
         """The report as one JSON object."""
         return json.dumps(asdict(self), indent=1)
 
     def __str__(self) -> str:
-        lines = [f"{self.output}: {self.name}, {self.task}, {self.precision} for {self.isa}, {self.size / 1e6:.1f} MB"]
+        isas = ", ".join([self.isa, *self.others])
+        lines = [f"{self.output}: {self.name}, {self.task}, {self.precision} for {isas}, {self.size / 1e6:.1f} MB"]
         lines += [describe_layer(asdict(layer)) for layer in self.layers]
+        for isa, layers in self.others.items():
+            lines += [f"for {isa}:", *(describe_layer(asdict(layer)) for layer in layers)]
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
 
 
@@ -76,7 +82,7 @@ def compile(
     *,
     calibration: Sequence[Text] | None = None,
     quantisation: QuantisationConfig | None = None,
-    isa: str = "host",
+    isa: str | Sequence[str] = "host",
     task: Task | None = None,
     pooling: Pooling | None = None,
     tokenizer: Any = None,
@@ -94,7 +100,8 @@ def compile(
         precision: ``"int8"``, or ``"fp32"`` as the reference.
         calibration: texts, or pairs of texts, like the ones the model will see; default: texts that ship with Whet.
         quantisation: how activations become integers (int8 only).
-        isa: ``"host"`` or a name in ``whet.schedules.isa.ISAS``.
+        isa: ``"host"``, a name in ``whet.schedules.isa.ISAS``, several of them, or ``"all"``. Of several the file holds
+            code for each, and loading takes the fastest that the CPU runs.
         task: what an ONNX file is for, where its outputs do not say.
         pooling: makes an embedding model of a source that has no head.
         tokenizer: for an in-memory model its tokenizer, for an ONNX file the folder with ``tokenizer.json``.
@@ -118,7 +125,7 @@ def compile(
         raise ValueError("quantisation is given, but precision is 'fp32'; leave one of them out")
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity is {sparsity}; expected a share of at least 0 and below 1")
-    target = _isa(isa)
+    targets = _isas(isa)
     output = Path(output)
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"the folder {output.parent} does not exist; create it, or name another output")
@@ -128,11 +135,19 @@ def compile(
     with clock.phase("import"):
         model = import_model(source, task=task, pooling=pooling, tokenizer=tokenizer)
         limit = _length_limit(model, max_length)
-    choices: list[Choice] = []
+    notes = model.notes
+    if not model.dialect:
+        notes += _without_effect(precision, calibration, quantisation, sparsity, dump_ir)
+        precision = "fp32"
+        if len(targets) > 1:
+            targets = [ISAS["avx2"]]
+            notes += ("Several instruction sets need a recognised encoder: this is for avx2, which all of them have.",)
+    weights = Blob()
+    describe = partial(_metadata, model, notes, precision, limit)
     if model.dialect:
         requests, token_types = _requests(model, calibration, limit) if precision == "int8" else ([], [])
         options = Options(
-            isa=target,
+            isas=tuple(targets),
             max_length=limit,
             quantisation=(quantisation or QuantisationConfig()) if precision == "int8" else None,
             sparsity=sparsity,
@@ -140,34 +155,35 @@ def compile(
             dump_ir=Path(dump_ir) if dump_ir is not None else None,
         )
         compiled = run_pipeline(model.module, options, requests, token_types, clock)
-        lowered, weights, choices = compiled.lowered.module, compiled.lowered.weights, compiled.choices
+        layers = [tuple(variant.choices) for variant in compiled]
         with clock.phase("6 assemble"):
-            assembled = assemble(lowered, lay_out(array.nbytes for _, array in weights))
-            module, workspace = assembled.module, assembled.workspace
+            entries = [f"main_{target.name}" for target in targets] if len(targets) > 1 else ["main"]
+            built = [_assemble(*each, weights, describe) for each in zip(compiled, targets, entries, strict=True)]
     else:
         from whet.passes.lift_constants import lift_constants  # noqa: PLC0415 - only plain graphs need it
 
         with clock.phase("lift constants"):
-            lowered, weights = lift_constants(model.module)
-            module, workspace = lowered, Workspace(0, 0)
+            module, constants = lift_constants(model.module)
+            table = [weights.add(*constant) for constant in constants]
+            built, layers = [(module, describe(module, targets[0], table))], [()]
 
     with clock.phase("7 generate code"):
-        executable = generate_code(module, target)
+        executables = [generate_code(module, target) for (module, _), target in zip(built, targets, strict=True)]
     with clock.phase("8 link"):
-        precision = precision if model.dialect else "fp32"
-        metadata = _metadata(model, lowered, workspace, precision, target, limit, choices)
-        write_module(executable, metadata, dict(weights), model.tokenizer_json, output)
+        variants = [(executable, metadata) for executable, (_, metadata) in zip(executables, built, strict=True)]
+        write_module(variants, weights, model.tokenizer_json, output)
     return Report(
         output=fspath(output),
         size=output.stat().st_size,
         name=model.name,
         task=model.task,
-        precision=metadata.precision,
-        isa=target.name,
+        precision=precision,
+        isa=targets[0].name,
         recognised=model.dialect,
-        layers=tuple(choices),
-        notes=model.notes,
+        layers=layers[0],
+        notes=notes,
         seconds=clock.seconds,
+        others={target.name: chosen for target, chosen in zip(targets[1:], layers[1:], strict=True)},
     )
 
 
@@ -211,10 +227,35 @@ def default_calibration() -> list[str]:
     return (files("whet") / "calibration.txt").read_text(encoding="utf-8").splitlines()
 
 
-def _isa(name: str) -> Isa:
-    if name != "host" and name not in ISAS:
-        raise ValueError(f"isa is {name!r}; expected 'host' or one of {', '.join(ISAS)}")
-    return host_isa() if name == "host" else isa_by_name(name)
+def _isas(names: str | Sequence[str]) -> list[Isa]:
+    """The instruction sets of these names, the fastest first."""
+    names = [names] if isinstance(names, str) else list(names)
+    wrong = [name for name in names if name not in ("host", "all", *ISAS)]
+    if wrong or not names:
+        raise ValueError(
+            f"isa is {wrong[0] if wrong else names!r}; expected 'host', 'all', or some of {', '.join(ISAS)}"
+        )
+    wanted = {host_isa().name if name == "host" else name for name in names}
+    return [isa for isa in ISAS.values() if not wanted.isdisjoint((isa.name, "all"))]
+
+
+def _without_effect(
+    precision: Precision,
+    calibration: object,
+    quantisation: object,
+    sparsity: float,
+    dump_ir: object,
+) -> tuple[str, ...]:
+    """A note on what was asked for and is not done, for a model that was not recognised."""
+    given = {
+        "precision='int8'": precision == "int8",
+        "calibration": calibration is not None,
+        "quantisation": quantisation is not None,
+        f"sparsity={sparsity}": sparsity > 0,
+        "dump_ir": dump_ir is not None,
+    }
+    names = [name for name, is_given in given.items() if is_given]
+    return (f"Without effect, because the model runs as plain fp32 operators: {', '.join(names)}.",) if names else ()
 
 
 def _length_limit(model: Model, max_length: int | None) -> int:
@@ -244,15 +285,36 @@ def _requests(model: Model, texts: Sequence[Text] | None, limit: int) -> tuple[R
     return [np.asarray(e.ids) for e in encoded], types
 
 
+def _assemble(
+    compiled: Compiled, target: Isa, entry: str, weights: Blob, describe: Callable[..., Metadata]
+) -> tuple[tvm.IRModule, Metadata]:
+    """One variant: its code as the function ``entry``, with its weights added to those of the others."""
+    table = [weights.add(*named) for named in compiled.lowered.weights]
+    assembled = assemble(compiled.lowered.module, [weight.offset for weight in table], entry)
+    report = tuple(asdict(choice) for choice in compiled.choices)
+    metadata = describe(
+        compiled.lowered.module,
+        target,
+        table,
+        entry=entry,
+        workspace_per_tile=assembled.workspace.per_tile,
+        workspace_per_group=assembled.workspace.per_group,
+        report=report,
+    )
+    return assembled.module, metadata
+
+
 def _metadata(
     model: Model,
-    module: tvm.IRModule,
-    workspace: Workspace,
-    precision: str,
-    target: Isa,
+    notes: tuple[str, ...],
+    precision: Precision,
     limit: int,
-    choices: Sequence[Choice],
+    module: tvm.IRModule,
+    target: Isa,
+    weights: Sequence[Weight],
+    **more: Any,
 ) -> Metadata:
+    """What a variant says of itself; ``module`` is the lowered graph, ``more`` what only encoders have to say."""
     function = module["main"]
     first, channels = shape_of(function.body)[0], 1
     if model.dialect:
@@ -276,10 +338,9 @@ def _metadata(
         isa=target.name,
         cpu_flags=target.cpu_flags,
         max_tokens=max(MAX_TOKENS, limit),
-        workspace_per_tile=workspace.per_tile,
-        workspace_per_group=workspace.per_group,
-        report=tuple(asdict(c) for c in choices),
-        notes=model.notes,
+        weights=tuple(weights),
+        notes=notes,
+        **more,
     )
 
 

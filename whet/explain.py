@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,26 +33,32 @@ class Explanation:
     plain: tuple[str, ...]
     """Dense layers that stay float32, and why; known of models, not of compiled modules."""
     notes: tuple[str, ...]
+    others: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
+    """The further instruction sets that a module has code for, with their layers, the fastest first."""
 
     def to_json(self) -> str:
         """The explanation as one JSON object."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
     def __str__(self) -> str:
+        isas = ", ".join([self.isa, *self.others])
         lines = [
-            f"{self.source}: {self.name}, {self.task}, {self.precision} for {self.isa}",
+            f"{self.source}: {self.name}, {self.task}, {self.precision} for {isas}",
             *map(describe_layer, self.layers),
         ]
         if not self.layers:
             lines.append("  no integer layers")
+        for isa, layers in self.others.items():
+            lines += [f"for {isa}:", *map(describe_layer, layers)]
         lines += [f"  fp32: {line}" for line in self.plain]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def explain_module(path: str | PathLike[str]) -> Explanation:
     """Read the report that a compiled module carries. Raises as ``whet.runtime.artifact.open_artifact``."""
-    m = open_artifact(path).metadata
-    return Explanation(str(path), m.name, m.task, m.precision, m.isa, m.report, (), m.notes)
+    m, *others = open_artifact(path).variants
+    more = {other.isa: other.report for other in others}
+    return Explanation(str(path), m.name, m.task, m.precision, m.isa, m.report, (), m.notes, more)
 
 
 def explain_model(
@@ -83,7 +89,7 @@ def explain_model(
     plain: list[str] = []
     if model.dialect:
         options = Options(
-            isa=target,
+            isas=(target,),
             max_length=model.max_length,
             quantisation=QuantisationConfig(method="minmax"),
             sparsity=sparsity,
@@ -91,7 +97,8 @@ def explain_model(
         )
         # The decisions depend on the weights alone, so one short request is calibration enough.
         request = [np.zeros(4, np.int64)]
-        layers = [asdict(choice) for choice in run_pipeline(model.module, options, request, request, progress).choices]
+        (compiled,) = run_pipeline(model.module, options, request, request, progress)
+        layers = [asdict(choice) for choice in compiled.choices]
         plain = _plain(model.module)
     precision = "int8" if layers else "fp32"
     return Explanation(

@@ -1,4 +1,4 @@
-"""Links a compiled executable with its weights, tokenizer and metadata into one shared object.
+"""Links compiled code with its weights, tokenizer and metadata into one shared object.
 
 The format is described in :mod:`whet.runtime.artifact`. The file appears under its name only when it is complete.
 """
@@ -13,8 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whet.runtime.artifact import code_digest, find_sections
-from whet.runtime.metadata import ALIGNMENT, Metadata, Weight, lay_out
+from whet.runtime.metadata import ALIGNMENT, Metadata, Weight, to_json
 
 _PAGE = 4096
 
@@ -40,24 +39,48 @@ class Executable(Protocol):
         """Write object files to ``workspace_dir`` and call ``fcompile(file_name, object_files)``."""
 
 
+class Blob:
+    """Weights one after the other. Arrays with the same bytes stand once, such as those that variants share."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._arrays: list[tuple[int, NDArray[np.generic]]] = []
+        self._offsets: dict[bytes, int] = {}
+
+    def add(self, name: str, array: NDArray[np.generic]) -> Weight:
+        """Give an array its place."""
+        contiguous = np.ascontiguousarray(array)
+        digest = hashlib.sha256(contiguous.data.cast("B") if array.size else b"").digest()
+        if digest not in self._offsets:
+            offset = self._offsets[digest] = self.size + -self.size % ALIGNMENT
+            self._arrays.append((offset, contiguous))
+            self.size = offset + array.nbytes
+        return Weight(name, array.dtype.name, array.shape, self._offsets[digest])
+
+    def pieces(self) -> Iterator[bytes | memoryview]:
+        """All bytes, padding included, one piece after the other."""
+        end = 0
+        for offset, array in self._arrays:
+            yield bytes(offset - end)
+            yield array.data.cast("B") if array.size else b""
+            end = offset + array.nbytes
+        yield bytes(-end % ALIGNMENT)
+
+
 def write_module(
-    executable: Executable,
-    metadata: Metadata,
-    weights: Mapping[str, NDArray[np.generic]],
+    variants: Sequence[tuple[Executable, Metadata]],
+    weights: Blob,
     tokenizer_json: str | None,
     output: str | os.PathLike[str],
-) -> Metadata:
+) -> None:
     """Write ``output``, a shared object that :func:`whet.runtime.load` opens.
 
     Args:
-        executable: a built TVM executable with the ``main`` that ``metadata.convention`` describes.
-        metadata: its ``weights`` table is replaced by the one of ``weights``.
-        weights: arrays in the order in which they stand in the blob.
+        variants: per instruction set, the fastest first: a built TVM executable with the function that the metadata
+            describe, whose weights are in ``weights``. Only the convention ``"packed"`` allows several.
+        weights: what becomes the section of the weights.
         tokenizer_json: contents of ``tokenizer.json``; None for a module that takes token ids only.
         output: replaced atomically; on any error or interrupt an older file of this name stays as it was.
-
-    Returns:
-        The metadata as written.
 
     Raises:
         FileNotFoundError: no C compiler, or no such output folder.
@@ -76,18 +99,23 @@ def write_module(
     # In the output's folder, so that the last step is a rename within one file system.
     workspace = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        table = _write_weights(workspace / "weights", weights)
-        metadata = replace(metadata, weights=table)
-        (workspace / "metadata").write_text(metadata.to_json(), encoding="utf-8")
+        with (workspace / "weights").open("wb") as file:
+            file.writelines(weights.pieces())
+        (workspace / "metadata").write_text(to_json([m for _, m in variants]), encoding="utf-8")
         (workspace / "tokenizer").write_text(tokenizer_json or "", encoding="utf-8")
         (workspace / "exports").write_text(_EXPORTS, encoding="ascii")
         (workspace / "sections.s").write_text(_assembly(), encoding="ascii")
         _check_room(workspace / "reserve", (workspace / "weights").stat().st_size + _CODE_ROOM)
-        executable.export_library(
-            str(workspace / "module.so"),
-            fcompile=lambda target, objects, **_: _link(compiler, workspace, Path(target), objects),
-            workspace_dir=str(workspace),
-        )
+        objects: list[str] = []
+        # Of the C helpers that every variant brings, linkers take the first: every CPU must be able to run it.
+        for i, (executable, _) in reversed([*enumerate(variants)]):
+            (workspace / str(i)).mkdir()
+            executable.export_library(
+                str(workspace / "module.so"),
+                fcompile=lambda _, files, **__: objects.extend(files),
+                workspace_dir=str(workspace / str(i)),
+            )
+        _link(compiler, workspace, workspace / "module.so", objects)
         _seal(workspace / "module.so")
         (workspace / "module.so").replace(output)
     except OSError as error:
@@ -98,7 +126,6 @@ def write_module(
         raise
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
-    return metadata
 
 
 def find_compiler() -> str:
@@ -116,18 +143,6 @@ def find_compiler() -> str:
         f"no C compiler found (looked for {', '.join(names)}), which is needed to link the module: install one "
         "(apt-get install gcc, dnf install gcc, apk add gcc musl-dev), or name one in the environment variable CC"
     )
-
-
-def _write_weights(path: Path, weights: Mapping[str, NDArray[np.generic]]) -> tuple[Weight, ...]:
-    table = []
-    offsets = lay_out(array.nbytes for array in weights.values())
-    with path.open("wb") as file:
-        for offset, (name, array) in zip(offsets, weights.items(), strict=True):
-            file.write(bytes(offset - file.tell()))
-            table.append(Weight(name, array.dtype.name, array.shape, offset))
-            file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
-        file.write(bytes(-file.tell() % ALIGNMENT))
-    return tuple(table)
 
 
 def _check_room(path: Path, size: int) -> None:

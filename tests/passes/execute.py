@@ -8,10 +8,10 @@ import numpy as np
 import tvm_ffi
 
 from whet.codegen import generate_code
+from whet.link import Blob
 from whet.passes.assemble import assemble
 from whet.passes.dialect import TILE
 from whet.passes.lower import Lowered
-from whet.runtime.metadata import lay_out
 from whet.schedules.isa import Isa
 
 Program = Callable[[list[np.ndarray], bool], np.ndarray]
@@ -33,12 +33,9 @@ def run(lowered: Lowered, isa: Isa, requests: list[np.ndarray], per_request: boo
 
 def program(lowered: Lowered, isa: Isa) -> Program:
     """Compile once; what it returns packs requests and runs them, as often as it is called."""
-    weights = [np.ascontiguousarray(w).reshape(-1).view(np.uint8) for _, w in lowered.weights]
-    offsets = lay_out(w.nbytes for w in weights)
-    blob = np.zeros(offsets[-1] + weights[-1].nbytes, np.uint8)
-    for offset, weight in zip(offsets, weights, strict=True):
-        blob[offset : offset + weight.nbytes] = weight
-    assembled = assemble(lowered.module, offsets)
+    weights = Blob()
+    assembled = assemble(lowered.module, [weights.add(*named).offset for named in lowered.weights])
+    blob = np.frombuffer(b"".join(weights.pieces()), np.uint8)
     executable = generate_code(assembled.module, isa)
     channels = int(lowered.module["main"].ret_ty.shape[1])
 

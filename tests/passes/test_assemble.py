@@ -12,8 +12,8 @@ ISA = isa("avx2")
 
 def lowered(write):
     batch = requests(20, 30)
-    options = Options(ISA, max_length=64, quantisation=QuantisationConfig("static"))
-    return run_pipeline(build(write), options, batch, [b * 0 for b in batch], Silent()).lowered
+    options = Options((ISA,), max_length=64, quantisation=QuantisationConfig("static"))
+    return run_pipeline(build(write), options, batch, [b * 0 for b in batch], Silent())[0].lowered
 
 
 def test_values_that_live_at_different_times_share_memory():

@@ -20,9 +20,9 @@ ISA = isa("avx2")  # what every x86-64 machine that runs these tests has
 
 
 def compiled(write, quantisation, **options):
-    chosen = Options(ISA, max_length=64, quantisation=quantisation, **options)
+    chosen = Options((ISA,), max_length=64, quantisation=quantisation, **options)
     calibration = requests(20, 31, 64)
-    return run_pipeline(build(write), chosen, calibration, [np.zeros_like(r) for r in calibration], Silent())
+    return run_pipeline(build(write), chosen, calibration, [np.zeros_like(r) for r in calibration], Silent())[0]
 
 
 def layer(b):

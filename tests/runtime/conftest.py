@@ -11,6 +11,14 @@ def modules(tmp_path_factory):
     return {
         "token": tiny_module.write(folder / "token.so"),
         "request": tiny_module.write(folder / "request.so", "request"),
+        "variants": tiny_module.write_variants(
+            folder / "variants.so",
+            [
+                {"isa": "future", "cpu_flags": ("sve9",), "entry": "main_future"},
+                {"isa": "second", "entry": "main_second"},
+                {"isa": "third", "entry": "main_third"},
+            ],
+        ),
         "padded": tiny_module.write(
             folder / "padded.so", convention="padded", inputs=("input_ids", "attention_mask")
         ),

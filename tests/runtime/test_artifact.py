@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import tiny_module
 
 from whet.runtime import ArtifactError, artifact, cpu, load
 from whet.runtime.artifact import open_artifact
-from whet.runtime.metadata import Metadata
+from whet.runtime.metadata import to_json
 
 # Loads each file named on the command line and runs it if that works.
 TRY = """
@@ -180,7 +181,7 @@ def test_another_cpu(modules, tmp_path, monkeypatch):
     path = tiny_module.write(tmp_path / "m.so", cpu_flags=("avx2", "sve2", "avx1024"), isa="avx1024")
     assert open_artifact(path).metadata.isa == "avx1024"  # still open to inspection
     monkeypatch.setattr("whet.runtime.engine._load_library", lambda _: pytest.fail("loaded code for another CPU"))
-    with pytest.raises(ArtifactError, match="compiled for avx1024; this CPU lacks avx1024, sve2"):
+    with pytest.raises(ArtifactError, match=r"compiled for \(avx1024: this CPU lacks avx1024, sve2\)\. Compile"):
         load(path)
 
 
@@ -198,7 +199,7 @@ def test_another_format_version(tmp_path):
 
 @pytest.mark.parametrize("document", ["", "{", '{"format": 1}', '"text"'])
 def test_corrupt_metadata(tmp_path, monkeypatch, document):
-    monkeypatch.setattr(Metadata, "to_json", lambda self: document)
+    monkeypatch.setattr("whet.link.to_json", lambda _: document)
     path = tiny_module.write(tmp_path / "m.so")
     with pytest.raises(ArtifactError, match=r"m\.so: the metadata"):
         load(path)
@@ -217,14 +218,12 @@ def test_corrupt_metadata(tmp_path, monkeypatch, document):
     ],
 )
 def test_weights_table_is_checked(tmp_path, monkeypatch, change, message):
-    original = Metadata.to_json
-
-    def to_json(self):
-        document = json.loads(original(self))
+    def broken(variants):
+        document = json.loads(to_json(variants))
         document["weights"][1].update(change)
         return json.dumps(document)
 
-    monkeypatch.setattr(Metadata, "to_json", to_json)
+    monkeypatch.setattr("whet.link.to_json", broken)
     path = tiny_module.write(tmp_path / "m.so")
     with pytest.raises(ArtifactError, match=message):
         open_artifact(path)
@@ -242,11 +241,60 @@ def test_code_that_does_not_load(modules, tmp_path, monkeypatch):
 def test_amx_permission(monkeypatch):
     if "amx_int8" not in cpu.cpu_flags():
         pytest.skip("this CPU has no AMX")
-    cpu.request_amx()
-    cpu.request_amx()
+    assert cpu.request_amx() == cpu.request_amx() == ""
     monkeypatch.setattr(cpu, "_ARCH_REQ_XCOMP_PERM", 0x7FFF)
-    with pytest.raises(ArtifactError, match=r"refuses the AMX registers \(Invalid argument\)"):
-        cpu.request_amx()
+    assert "refuses the AMX registers (Invalid argument)" in cpu.request_amx()
+
+
+class TestVariants:
+    """One file with code for several instruction sets; the first is for no CPU there is."""
+
+    def test_the_first_that_the_cpu_runs_is_taken(self, modules):
+        session = load(modules["variants"], threads=1)
+        assert session.metadata.isa == "second"
+        np.testing.assert_array_equal(session.run([[1, 2, 3]]), load(modules["token"], threads=1).run([[1, 2, 3]]))
+
+    def test_one_can_be_named(self, modules, monkeypatch):
+        class Library(dict):
+            def __missing__(self, name):
+                return name
+
+        monkeypatch.setattr("whet.runtime.engine._load_library", lambda _: Library())
+        for isa in ("second", "third"):
+            session = load(modules["variants"], isa=isa)
+            assert (session.metadata.isa, session._main) == (isa, f"main_{isa}")
+
+    def test_weights_are_shared(self, modules):
+        opened = open_artifact(modules["variants"])
+        assert [m.isa for m in opened.variants] == ["future", "second", "third"]
+        first = opened.weights()[0].ctypes.data
+        assert all(opened.weights(m)[0].ctypes.data == first for m in opened.variants)
+
+    def test_none_runs_here(self, modules, monkeypatch):
+        monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"sse2", "avx2"}))
+        monkeypatch.setattr("whet.runtime.engine._load_library", lambda _: pytest.fail("loaded code for another CPU"))
+        message = r"\(future: this CPU lacks sve9; second: this CPU lacks fma; third: this CPU lacks fma\)"
+        with pytest.raises(ArtifactError, match=message):
+            load(modules["variants"])
+        with pytest.raises(ArtifactError, match=r"\(second: this CPU lacks fma\)"):
+            load(modules["variants"], isa="second")
+
+    def test_unknown(self, modules):
+        with pytest.raises(ValueError, match="isa is 'avx2'; the module holds code for future, second, third"):
+            load(modules["variants"], isa="avx2")
+
+    def test_without_amx_registers_the_next_is_taken(self, monkeypatch):
+        fast, slow = (
+            replace(tiny_module.METADATA, isa=isa, cpu_flags=flags)
+            for isa, flags in (("amx", ("amx_int8",)), ("avx2", ()))
+        )
+        monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"amx_int8"}))
+        monkeypatch.setattr(cpu, "request_amx", lambda: "")
+        assert cpu.choose_variant([fast, slow]) is fast
+        monkeypatch.setattr(cpu, "request_amx", lambda: "the kernel refuses")
+        assert cpu.choose_variant([fast, slow]) is slow
+        with pytest.raises(ArtifactError, match="amx: the kernel refuses"):
+            cpu.choose_variant([fast])
 
 
 def test_sections_of_many_names_are_listed(modules):

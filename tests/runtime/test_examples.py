@@ -52,7 +52,7 @@ def deploy(tmp_path_factory):
     return folder / "deploy"
 
 
-@pytest.mark.parametrize("module", ["token", "request"])
+@pytest.mark.parametrize("module", ["token", "request", "variants"])
 def test_cpp(deploy, modules, module):
     done = run(deploy, modules[module], find_runtime(EXAMPLES), *IDS)
     assert done.returncode == 0, done.stderr
@@ -69,7 +69,7 @@ def test_cpp_checks(deploy, modules, tmp_path):
         ((modules["token"], runtime, *[1] * 65), "too many tokens"),
         ((modules["token"], runtime, "1x"), "1x is not a token id"),
         ((modules["padded"], runtime, 1), "only packed modules"),
-        ((other, runtime, 1), "this CPU lacks avx1024"),
+        ((other, runtime, 1), "avx2: this CPU lacks avx1024; compile"),
         ((runtime, runtime, 1), "not a Whet module"),
         ((tmp_path / "none.so", runtime, 1), "cannot open shared object file"),
     ):

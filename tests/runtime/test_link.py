@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,22 @@ def test_dtypes_and_empty_weights(tmp_path):
         "transposed": np.arange(6, dtype=np.float32).reshape(2, 3).T,
     }
     path = tmp_path / "m.so"
-    metadata = write_module(tiny_module.executable(), tiny_module.METADATA, arrays, None, path)
+    blob, table = tiny_module.stored(arrays)
+    metadata = replace(tiny_module.METADATA, weights=table)
+    write_module([(tiny_module.executable(), metadata)], blob, None, path)
     opened = open_artifact(path)
-    assert opened.metadata == metadata
+    assert opened.variants == (metadata,)
     for array, expected, row in zip(opened.weights(), arrays.values(), metadata.weights, strict=True):
         np.testing.assert_array_equal(array, expected)
         assert array.dtype == expected.dtype
         assert row.offset % 64 == 0
+
+
+def test_the_same_bytes_stand_once():
+    same = np.arange(100, dtype=np.float32)
+    blob, table = tiny_module.stored({"a": same, "b": same[::-1], "c": same.copy(), "d": same.view(np.int32)})
+    assert [weight.offset for weight in table] == [0, 448, 0, 0]
+    assert len(b"".join(blob.pieces())) == 448 + 448
 
 
 def test_nothing_but_the_module_is_left(modules):
@@ -111,9 +121,10 @@ sys.path.insert(0, {HERE!r})
 import tiny_module, whet.link
 whet.link._CODE_ROOM = {reserve}
 executable = tiny_module.executable()
+blob, _ = tiny_module.stored(tiny_module.weights())
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
-    tiny_module.write_module(executable, tiny_module.METADATA, tiny_module.weights(), None, sys.argv[1])
+    tiny_module.write_module([(executable, tiny_module.METADATA)], blob, None, sys.argv[1])
 except OSError as error:
     print(error.errno, error)
 """

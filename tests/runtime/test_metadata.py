@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from tiny_module import METADATA
 
-from whet.runtime.metadata import ArtifactError, Metadata, Output, Weight
+from whet.runtime.metadata import ArtifactError, Output, Weight, from_json, to_json
 
 FULL = replace(
     METADATA,
@@ -19,36 +19,46 @@ FULL = replace(
 
 
 def changed(**changes) -> str:
-    document = json.loads(FULL.to_json())
+    document = json.loads(to_json([FULL]))
     document.update(changes)
     return json.dumps(document)
 
 
 def test_round_trip():
-    assert Metadata.from_json(FULL.to_json()) == FULL
-    assert Metadata.from_json(FULL.to_json().encode()) == FULL
+    assert from_json(to_json([FULL])) == (FULL,)
+    assert from_json(to_json([FULL]).encode()) == (FULL,)
+
+
+def test_variants():
+    """What they share stands once; an only one is written as if there could not be others."""
+    fast = replace(FULL, isa="fast", cpu_flags=("fast",), entry="main_fast")
+    document = json.loads(to_json([fast, FULL]))
+    assert [list(variant) for variant in document["variants"]] == [["isa", "cpu_flags", "entry"]] * 2
+    assert document["name"] == "tiny" and "isa" not in document
+    assert from_json(json.dumps(document)) == (fast, FULL)
+    assert "variants" not in json.loads(to_json([FULL]))
 
 
 def test_unknown_fields_are_ignored():
-    assert Metadata.from_json(changed(added_later=1)) == FULL
+    assert from_json(changed(added_later=1)) == (FULL,)
 
 
 def test_other_format_version():
     with pytest.raises(ArtifactError, match=r"format 2 .*whet 0.*reads format 1: compile the model again"):
-        Metadata.from_json(changed(format=2))
+        from_json(changed(format=2))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", b"\xff\xfe"])
 def test_not_a_document(text):
     with pytest.raises(ArtifactError, match="corrupt"):
-        Metadata.from_json(text)
+        from_json(text)
 
 
 def test_missing_field():
-    document = json.loads(FULL.to_json())
+    document = json.loads(to_json([FULL]))
     del document["task"], document["isa"]
     with pytest.raises(ArtifactError, match="lacks isa, task"):
-        Metadata.from_json(json.dumps(document))
+        from_json(json.dumps(document))
 
 
 @pytest.mark.parametrize(
@@ -62,11 +72,15 @@ def test_missing_field():
         {"vocab_size": "many"},
         {"labels": None},
         {"max_tokens": 3},
+        {"variants": []},
+        {"variants": {}},
+        {"variants": [1]},
+        {"variants": [{}, {"vocab_size": "many"}]},
     ],
 )
 def test_malformed_field(change):
     with pytest.raises(ArtifactError, match="malformed"):
-        Metadata.from_json(changed(**change))
+        from_json(changed(**change))
 
 
 def test_output_is_checked():

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,9 +134,9 @@ def test_processes_share_the_weights(tmp_path):
     """Eight megabytes of weights are counted as shared, file-backed pages, also after they were read."""
     path = tmp_path / "big.so"
     big = np.ones((2 << 20,), np.float32)
-    tiny_module.write_module(
-        tiny_module.executable(), tiny_module.METADATA, {**tiny_module.weights(), "big": big}, None, path
-    )
+    blob, table = tiny_module.stored({**tiny_module.weights(), "big": big})
+    metadata = replace(tiny_module.METADATA, weights=table)
+    tiny_module.write_module([(tiny_module.executable(), metadata)], blob, None, path)
     out = python(
         """
 import sys

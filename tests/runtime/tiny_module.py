@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tvm import relax, tirx
 from tvm.script import tirx as T
 
-from whet.link import write_module
-from whet.runtime.metadata import Metadata, Output, lay_out
+from whet.link import Blob, write_module
+from whet.runtime.metadata import Metadata, Output, Weight
 
 VOCAB, POSITIONS, TYPES, CHANNELS, MAX_LENGTH, MAX_TOKENS = 50, 64, 2, 5, 64, 96
 
@@ -55,18 +55,19 @@ def columns(ids, positions, types, tables=None) -> np.ndarray:
     return t["word"][ids] + t["position"][positions] + t["type"][types]
 
 
-def executable(channels: int = CHANNELS, per: str = "token"):
+def executable(channels: int = CHANNELS, per: str = "token", entry: str = "main"):
     """The packed convention: a function that writes its result, with weights in a blob and scratch memory."""
     tables = weights(channels)
-    word, position, kind = (offset // 4 for offset in lay_out(table.nbytes for table in tables.values()))
-    floats = (lay_out(table.nbytes for table in tables.values())[-1] + tables["type"].nbytes) // 4
+    held, table = stored(tables)
+    word, position, kind = (weight.offset // 4 for weight in table)
+    floats = held.size // 4
 
     @T.prim_func(s_tir=True)
     def tokens(
         ids_: T.handle, positions_: T.handle, types_: T.handle, segments_: T.handle, weights_: T.handle,
         workspace_: T.handle, out_: T.handle,
     ):  # fmt: skip
-        T.func_attr({"global_symbol": "main"})
+        T.func_attr({"global_symbol": entry})
         nt, ng, blob, space = T.int64(), T.int64(), T.int64(), T.int64()
         ids = T.match_buffer(ids_, (nt, 16), "int32")
         positions = T.match_buffer(positions_, (nt, 16), "int32")
@@ -78,14 +79,14 @@ def executable(channels: int = CHANNELS, per: str = "token"):
         with T.sblock("root"):
             T.reads()
             T.writes()
-            table = T.decl_buffer((floats,), "float32", data=weights.data)
+            rows_of = T.decl_buffer((floats,), "float32", data=weights.data)
             for t in T.parallel(nt):
                 for c in T.serial(channels):
                     for i in T.serial(16):
                         out[t, c, i] = (
-                            table[word + ids[t, i] * channels + c]
-                            + table[position + positions[t, i] * channels + c]
-                            + table[kind + types[t, i] * channels + c]
+                            rows_of[word + ids[t, i] * channels + c]
+                            + rows_of[position + positions[t, i] * channels + c]
+                            + rows_of[kind + types[t, i] * channels + c]
                         )
 
     @T.prim_func(s_tir=True)
@@ -93,7 +94,7 @@ def executable(channels: int = CHANNELS, per: str = "token"):
         ids_: T.handle, positions_: T.handle, types_: T.handle, segments_: T.handle, weights_: T.handle,
         workspace_: T.handle, out_: T.handle,
     ):  # fmt: skip
-        T.func_attr({"global_symbol": "main"})
+        T.func_attr({"global_symbol": entry})
         nt, ng, blob, space = T.int64(), T.int64(), T.int64(), T.int64()
         ids = T.match_buffer(ids_, (nt, 16), "int32")
         positions = T.match_buffer(positions_, (nt, 16), "int32")
@@ -105,15 +106,15 @@ def executable(channels: int = CHANNELS, per: str = "token"):
         with T.sblock("root"):
             T.reads()
             T.writes()
-            table = T.decl_buffer((floats,), "float32", data=weights.data)
+            rows_of = T.decl_buffer((floats,), "float32", data=weights.data)
             rows = T.decl_buffer((nt, channels, 16), "float32", data=workspace.data)
             for t in T.parallel(nt):
                 for c in T.serial(channels):
                     for i in T.serial(16):
                         rows[t, c, i] = (
-                            table[word + ids[t, i] * channels + c]
-                            + table[position + positions[t, i] * channels + c]
-                            + table[kind + types[t, i] * channels + c]
+                            rows_of[word + ids[t, i] * channels + c]
+                            + rows_of[position + positions[t, i] * channels + c]
+                            + rows_of[kind + types[t, i] * channels + c]
                         )
             for g in T.parallel(ng):
                 for i in T.serial(16):
@@ -148,11 +149,27 @@ def padded_executable(channels: int = CHANNELS):
     return relax.build(builder.get(), tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"}))
 
 
+def stored(arrays: dict[str, np.ndarray]) -> tuple[Blob, tuple[Weight, ...]]:
+    blob = Blob()
+    return blob, tuple(blob.add(*named) for named in arrays.items())
+
+
 def write(path: Path, per: str = "token", tokenizer: str | None = None, channels: int = CHANNELS, **changes) -> Path:
-    metadata = replace(METADATA, output=Output(per, channels), workspace_per_tile=64 * channels, **changes)
-    padded = metadata.convention == "padded"
-    built = padded_executable(channels) if padded else executable(channels, per)
-    write_module(built, metadata, weights(channels), tokenizer, path)
+    return write_variants(path, [changes], per, tokenizer, channels)
+
+
+def write_variants(
+    path: Path, variants: list[dict], per: str = "token", tokenizer: str | None = None, channels: int = CHANNELS
+) -> Path:
+    """Write a file with one variant per dict of changes to the metadata."""
+    made = []
+    blob, table = stored(weights(channels))
+    for changes in variants:
+        given = {"output": Output(per, channels), "workspace_per_tile": 64 * channels, "weights": table, **changes}
+        metadata = replace(METADATA, **given)
+        padded = metadata.convention == "padded"
+        made.append((padded_executable(channels) if padded else executable(channels, per, metadata.entry), metadata))
+    write_module(made, blob, tokenizer, path)
     return path
 
 

@@ -36,6 +36,11 @@ def expected(name):
     return np.load(REFERENCES / name / "expected.npz")
 
 
+def skip_code_generation(monkeypatch):
+    monkeypatch.setattr("whet.compiler.generate_code", lambda *_: None)
+    monkeypatch.setattr("whet.compiler.write_module", lambda *args: args[-1].touch())
+
+
 def run(session, data):
     return session.run_packed(data["ids"], data["lengths"], token_types=data["token_types"])
 
@@ -126,12 +131,12 @@ class TestVariants:
         ],
     )
     def test_names(self, tmp_path, monkeypatch, given, names):
-        monkeypatch.setattr("whet.compiler.generate_code", lambda *_: None)
-        monkeypatch.setattr("whet.compiler.write_module", lambda *args: args[-1].touch())
+        skip_code_generation(monkeypatch)
         report = whet.compile(REFERENCES / "bert-sequence", tmp_path / "m.so", "fp32", isa=given)
         assert [report.isa, *report.others] == names
 
-    def test_a_plain_graph_is_compiled_once_for_all(self, tmp_path):
+    def test_a_plain_graph_is_compiled_once_for_all(self, tmp_path, monkeypatch):
+        skip_code_generation(monkeypatch)
         path = REFERENCES / "onnx" / "mpnet-ts17.onnx"
         report = whet.compile(path, tmp_path / "m.so", "fp32", isa=["avx512_vnni", "avx_vnni"])
         assert report.isa == "avx2" and not report.others
@@ -158,8 +163,16 @@ class TestOnnx:
 
     def test_int8_of_a_plain_graph_is_fp32_and_says_so(self, compiled):
         session, report = compiled(REFERENCES / "onnx" / "mpnet-ts17.onnx", "int8")
-        assert session.metadata.precision == "fp32"
-        assert any("plain" in note for note in report.notes)
+        assert session.metadata.precision == report.precision == "fp32"
+        assert any("plain" in note and "precision='int8'" in note for note in session.metadata.notes)
+
+    def test_what_a_plain_graph_has_no_use_for_is_named(self, tmp_path, monkeypatch):
+        skip_code_generation(monkeypatch)
+        path = REFERENCES / "onnx" / "mpnet-ts17.onnx"
+        given = {"sparsity": 0.5, "calibration": ["a"], "quantisation": whet.QuantisationConfig(), "dump_ir": tmp_path}
+        report = whet.compile(path, tmp_path / "m.so", **given)
+        assert "precision='int8', calibration, quantisation, sparsity=0.5, dump_ir." in report.notes[-1]
+        assert not any("effect" in note for note in whet.compile(path, tmp_path / "m.so", "fp32").notes)
 
 
 class TestMiniLM:

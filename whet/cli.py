@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 _COMPILER_PACKAGES = ("tvm", "onnx", "safetensors")
+_SOURCE = ("task", "pooling", "tokenizer", "sparsity", "block_rows")
+"""Options that say what the model is and what is made of it."""
+_FOR_ENCODERS = ("precision", "calibration", "calibration_method", "activations", "sparsity", "block_rows", "dump_ir")
+"""Options that do nothing for a model that is not recognised as an encoder."""
 _MATRIX = 10
 """Texts whose similarities fit a terminal."""
 
@@ -88,24 +92,17 @@ def _message(error: Exception) -> str:
 def _compile(args: argparse.Namespace) -> None:
     import whet  # noqa: PLC0415 -- here and below: a command imports what it needs
 
-    settings = {"method": args.calibration_method, "activations": args.activations}
-    given = {name: value for name, value in settings.items() if value is not None}
-    report = whet.compile(
-        args.model,
-        args.output,
-        args.precision,
-        calibration=None if args.calibration is None else read_texts(args.calibration, pairs=True),
-        quantisation=whet.QuantisationConfig(**given) if given else None,
-        isa=args.isa,
-        task=args.task,
-        pooling=args.pooling,
-        tokenizer=args.tokenizer,
-        sparsity=args.sparsity,
-        block_rows=args.block_rows,
-        max_length=args.max_length,
-        dump_ir=args.dump_ir,
-        progress=TerminalProgress(),
-    )
+    options = _given(args, *_SOURCE, "precision", "isa", "max_length", "dump_ir")
+    if settings := _given(args, "calibration_method", "activations"):
+        given = {name.removeprefix("calibration_"): value for name, value in settings.items()}
+        options["quantisation"] = whet.QuantisationConfig(**given)
+    if args.calibration is not None:
+        options["calibration"] = read_texts(args.calibration, pairs=True)
+    report = whet.compile(args.model, args.output, progress=TerminalProgress(), **options)
+    ignored = [name for name, value in _given(args, *_FOR_ENCODERS).items() if value != "fp32"]
+    if ignored and not report.recognised:
+        flags = ", ".join("--" + name.replace("_", "-") for name in ignored)
+        print(f"whet: warning: no encoder was recognised in {args.model}; without effect: {flags}", file=sys.stderr)
     if args.json:
         print(report.to_json())
     elif args.explain:
@@ -114,6 +111,11 @@ def _compile(args: argparse.Namespace) -> None:
         print(str(report).partition("\n")[0])
         for note in report.notes:
             print(f"note: {note}")
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of these options that stand on the command line."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -195,8 +197,7 @@ def _inspect(args: argparse.Namespace) -> None:
 def _explain(args: argparse.Namespace) -> None:
     from whet.explain import explain  # noqa: PLC0415
 
-    names = ("isa", "task", "pooling", "tokenizer", "sparsity", "block_rows")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = _given(args, "isa", *_SOURCE)
     if options and Path(args.model).suffix == ".so":
         flag = next(iter(options)).replace("_", "-")
         raise ValueError(f"{args.model} is compiled: --{flag} can't change it; leave it out, or name the model")
@@ -269,15 +270,13 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
         "--precision",
         metavar="PRECISION",
         choices=_Names("whet.compiler", "Precision"),
-        default="int8",
-        help="%(choices)s; default %(default)s. fp32 is the reference to compare with",
+        help="%(choices)s; default int8. fp32 is the reference to compare with",
     )
     sub.add_argument(
         "--isa",
         metavar="ISA,…",
         type=lambda text: text.split(","),
         choices=_Names("whet.schedules.isa", "ISAS", "host", "all"),
-        default=["host"],
         help="instruction sets to compile for, of which loading takes the fastest that the CPU has: %(choices)s; "
         "default host, the best of this machine",
     )
@@ -306,7 +305,7 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dump-ir", metavar="DIR", help="write the graph after each pass, for people who work on Whet")
 
 
-def _add_source(sub: argparse.ArgumentParser, defaults: bool = True) -> None:
+def _add_source(sub: argparse.ArgumentParser) -> None:
     """Options that say what the model is and what is made of it, for commands that import one."""
     sub.add_argument(
         "--task",
@@ -325,14 +324,12 @@ def _add_source(sub: argparse.ArgumentParser, defaults: bool = True) -> None:
         "--sparsity",
         metavar="SHARE",
         type=float,
-        default=0.0 if defaults else None,
         help="prune this share of the weights by magnitude, to try its speed; it costs accuracy",
     )
     sub.add_argument(
         "--block-rows",
         metavar="R",
         type=_positive,
-        default=4 if defaults else None,
         help="height of the R x 4 blocks that --sparsity prunes; default 4",
     )
 
@@ -362,7 +359,7 @@ def _add_explain(sub: argparse.ArgumentParser) -> None:
         choices=_Names("whet.schedules.isa", "ISAS", "host"),
         help="instruction set to decide for: %(choices)s; default host, the best of this machine",
     )
-    _add_source(sub, defaults=False)
+    _add_source(sub)
 
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:

@@ -321,3 +321,41 @@ def test_compile_then_run(run, references, tmp_path):
     assert json.loads(out)["size"] == output.stat().st_size
     assert "link" in err, "phases go to standard error"
     assert run("inspect", output, "--verify")[0] == 0
+
+
+def test_options_without_effect_are_named(run, references, tmp_path, monkeypatch):
+    monkeypatch.setattr("whet.compiler.generate_code", lambda *_: None)
+    monkeypatch.setattr("whet.compiler.write_module", lambda *args: args[-1].touch())
+    plain = ["compile", references / "onnx" / "mpnet-ts17.onnx", "-o", tmp_path / "m.so"]
+    assert "warning" not in run(*plain)[2]
+    assert "warning" not in run(*plain, "--precision", "fp32")[2]
+    options = ["--precision", "int8", "--sparsity", "0.5", "--calibration-method", "mse", "--dump-ir", tmp_path]
+    code, _, err = run(*plain, *options)
+    assert code == 0
+    assert err.endswith("without effect: --precision, --calibration-method, --sparsity, --dump-ir\n")
+    encoder = ["compile", references / "bert-embedding", "-o", tmp_path / "m.so"]
+    assert "warning" not in run(*encoder, *options)[2]
+
+
+def test_several_instruction_sets(run, references, tmp_path, monkeypatch):
+    monkeypatch.setattr("whet.compiler.generate_code", lambda *_: None)
+    monkeypatch.setattr("whet.compiler.write_module", lambda *args: args[-1].touch())
+    arguments = ["compile", references / "bert-embedding", "-o", tmp_path / "m.so", "--precision", "fp32", "--isa"]
+    found = json.loads(run(*arguments, "avx2,avx512_vnni", "--json")[1])
+    assert found["isa"] == "avx512_vnni" and [*found["others"]] == ["avx2"]
+    code, _, err = run(*arguments, "avx2,sse2")
+    assert code == 2 and "sse2" in err
+
+
+def test_inspect_lists_variants(run, tiny_modules):
+    _, out, _ = run("inspect", tiny_modules["variants"])
+    lines = [line.strip() for line in out.splitlines()]
+    weights = "weights 0.0 MB, 0.0 MB of them its own"
+    assert f"variant    future: {weights}; this CPU lacks sve9" in lines
+    assert f"variant    second: {weights}; runs here" in lines
+    assert "runs here  yes, as second" in lines
+    found = json.loads(run("inspect", tiny_modules["variants"], "--json")[1])
+    assert found["weights"] == {"float32": 5 * 4 * (50 + 64 + 2)}
+    assert [(v["isa"], v["weights"], v["own_weights"]) for v in found["variants"]] == [
+        (isa, 5 * 4 * (50 + 64 + 2), 0) for isa in ("future", "second", "third")
+    ]

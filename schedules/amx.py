@@ -23,20 +23,21 @@ REGISTERS = 8
 """Tile registers."""
 
 
-def configuration(shapes: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """Build LDTILECFG's 64 bytes, as 8 words, from the rows and bytes per row of each register, at most 8 of them."""
+def configuration(shapes: Sequence[tuple[int, int]]) -> NDArray[np.int32]:
+    """Build LDTILECFG's 64 bytes, as 16 words, from the rows and bytes per row of each register, at most 8 of them."""
     data = np.zeros(64, np.uint8)
     data[0] = 1  # palette
     data[16:32].view(np.uint16)[: len(shapes)] = [row_bytes for _, row_bytes in shapes]
     data[48 : 48 + len(shapes)] = [rows for rows, _ in shapes]
-    return data.view(np.int64)
+    return data.view(np.int32)
 
 
 def configure(shapes: Sequence[tuple[int, int]]) -> None:
     """Emit LDTILECFG for ``configuration(shapes)``: once in each thread, before it uses the registers."""
-    words = T.alloc_buffer((8,), "int64")
+    # int32, as the buffers that take over this one's memory: TVM refuses pointers to what is of two types.
+    words = T.alloc_buffer((16,), "int32")
     for i, word in enumerate(configuration(shapes)):
-        T.buffer_store(words, T.int64(int(word)), [i])
+        T.buffer_store(words, T.int32(int(word)), [i])
     call("ldtilecfg", T.address_of(words[0]))
 
 

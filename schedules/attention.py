@@ -7,6 +7,7 @@ from typing import Literal
 
 from tvm import tirx
 
+from whet.schedules import attention_amx
 from whet.schedules.attention_f32 import attention_f32
 from whet.schedules.attention_i8 import attention_i8
 from whet.schedules.attention_softmax import MAX_HEAD_SIZE
@@ -55,21 +56,31 @@ class AttentionKnobs:
     accumulators: int
     """Sums in registers: queries × keys of the first product, queries × channels of the second."""
     unit: int = 4
-    """Tiles of queries that are one unit of parallel work."""
+    """Tiles of queries that are one unit of parallel work; what is prepared of keys and values serves one unit."""
 
     def __post_init__(self) -> None:
+        if self.unit < 1:
+            raise ValueError(f"{self}: unit must be at least 1")
         if self.queries < 1 or self.accumulators % self.queries or self.accumulators // self.queries not in (4, 8, 16):
             raise ValueError(f"{self}: accumulators / queries must be 4, 8 or 16")
 
     @staticmethod
     def default(spec: AttentionSpec, isa: Isa) -> AttentionKnobs:
-        """Half of the registers for the sums; all where that shares the widening of bytes to 16 bits."""
+        """Half of the registers for the sums; all where that shares the widening of bytes to 16 bits.
+
+        AMX prepares the most, hence its large units.
+        """
         if spec.precision == "i8" and isa.dot == "madd":
             return AttentionKnobs(4, 16)
+        if attention_amx.supports(spec, isa):
+            return AttentionKnobs(2, isa.registers // 2, unit=16)
         return AttentionKnobs(2, isa.registers // 2)
 
 
 def attention(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs | None = None) -> tirx.PrimFunc:
     """Attention kernel, parallel over heads and tiles of queries; the arguments are the specification's."""
-    generate = attention_i8 if spec.precision == "i8" else attention_f32
+    if attention_amx.supports(spec, isa):
+        generate = attention_amx.attention_amx
+    else:
+        generate = attention_i8 if spec.precision == "i8" else attention_f32
     return generate(spec, isa, knobs or AttentionKnobs.default(spec, isa))

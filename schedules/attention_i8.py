@@ -34,14 +34,14 @@ def attention_i8(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs) -> tirx.P
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                kernel = _Kernel(spec, isa, knobs, arguments.viewed())
+                kernel = VectorKernel(spec, isa, knobs, arguments.viewed())
                 for_each_request(
                     spec.heads, knobs.unit, arguments.segments, arguments.tiles, kernel.allocate, kernel.attend
                 )
         return builder.get()
 
 
-class _Kernel:
+class VectorKernel:
     """The attention of some queries of one head to the keys of one request."""
 
     def __init__(self, spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, arguments: Arguments) -> None:
@@ -106,7 +106,14 @@ class _Kernel:
         Row i of the probabilities lies where row i of the scores was, which has been read by then.
         """
         softmax = Softmax(self.scores, queries.request, self.arguments.params[0], self.isa)
-        offsets = [softmax.offset(j) for j in range(vectors)]
+        end = softmax.first + softmax.quads
+        offsets = []
+        for j in range(vectors):
+            softmax.hide_others(j, softmax.first * QUAD, end * QUAD)
+            maxima = softmax.maxima()
+            with T.serial(softmax.quads) as i:
+                softmax.raise_maxima(maxima, j, (softmax.first + i) * QUAD)
+            offsets.append(softmax.offset(maxima))
         totals = self._registers(vectors)
         with T.serial(softmax.quads) as i:
             quad = named("quad", T.Bind(softmax.first + i))

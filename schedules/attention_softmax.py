@@ -49,23 +49,28 @@ class Softmax:
         self.first, self.quads = request.blocks(QUAD)
         self.every = T.ramp(0, 1, isa.lanes)
 
-    def offset(self, vector: int) -> Any:
-        """Minus the highest score of each query, times the factor: what ``quad`` needs; call it once a vector.
-
-        Keys of other requests in the first and last quad get scores of −∞ here.
-        """
-        isa, request = self.isa, self.request
-        begin, end = self.first * QUAD, (self.first + self.quads) * QUAD
-        for row, count in ((begin, request.lead - begin), (request.end, end - request.end)):
+    def hide_others(self, vector: int, begin: Any, end: Any) -> None:
+        """Give the rows from ``begin`` and to ``end`` that are other requests' keys scores of −∞."""
+        for row, count in ((begin, self.request.lead - begin), (self.request.end, end - self.request.end)):
             with T.serial(count) as i:
-                T.buffer_store(self.scores, splat(_NOTHING, isa.lanes, "int32"), [vector, row + i, self.every])
-        chains = [isa.register("float32") for _ in range(QUAD)]
-        for i, m in enumerate(chains):
-            T.buffer_store(m, self._score(vector, begin + i), [0])
-        with T.serial(self.quads - 1) as quad:
-            for i, m in enumerate(chains):
-                T.buffer_store(m, T.max(m[0], self._score(vector, begin + (quad + 1) * QUAD + i)), [0])
-        a, b, c, d = (m[0] for m in chains)
+                T.buffer_store(self.scores, splat(_NOTHING, self.isa.lanes, "int32"), [vector, row + i, self.every])
+
+    def maxima(self) -> list[Any]:
+        """Variables for the highest scores so far, four because one would be waited for."""
+        chains = [self.isa.register("float32") for _ in range(QUAD)]
+        nothing = T.reinterpret(f"float32x{self.isa.lanes}", splat(_NOTHING, self.isa.lanes, "int32"))
+        for m in chains:
+            T.buffer_store(m, nothing, [0])
+        return chains
+
+    def raise_maxima(self, maxima: list[Any], vector: int, row: Any) -> None:
+        """Take four rows in."""
+        for i, m in enumerate(maxima):
+            T.buffer_store(m, T.max(m[0], self._score(vector, row + i)), [0])
+
+    def offset(self, maxima: list[Any]) -> Any:
+        """Minus the highest score of each query, times the factor: what ``quad`` needs."""
+        a, b, c, d = (m[0] for m in maxima)
         return T.Bind(-(T.max(T.max(a, b), T.max(c, d)) * self.factor))
 
     def quad(self, vector: int, quad: Any, offset: Any) -> Any:

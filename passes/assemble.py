@@ -255,10 +255,10 @@ def _by_address(kernel: tirx.PrimFunc, parallel: bool) -> tirx.PrimFunc:
         block.match_buffers,
         block.annotations,
     )
-    # The return value is the error code that a parallel region may give.
-    done = tirx.stmt.Return(tirx.const(0, "int32"))
-    statements = tirx.SeqStmt([s_tir.SBlockRealize(root.iter_values, root.predicate, body), done])
-    function = tirx.PrimFunc([*addresses, *_symbols(kernel)], statements, ret_type=PrimType("int32"))
+    realized = s_tir.SBlockRealize(root.iter_values, root.predicate, body)
+    # The return value is the error code that a parallel region may give. There must be no statement that returns 0: TVM
+    # frees what the kernel allocated after the last statement.
+    function = tirx.PrimFunc([*addresses, *_symbols(kernel)], realized, ret_type=PrimType("int32"))
     return function.with_attrs({k: v for k, v in kernel.attrs.items() if k != "global_symbol"})
 
 

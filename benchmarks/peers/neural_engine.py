@@ -1,7 +1,7 @@
-"""Intel's Neural Engine (intel-extension-for-transformers 1.4.2), the runtime of "Fast DistilBERT on CPUs": int8.
+"""Intel's Neural Engine (intel-extension-for-transformers 1.4.2), the runtime of "Fast DistilBERT on CPUs".
 
-It reads the graph that ``peers.neural_engine_export`` writes, and runs layers of at least 70 % zeros in blocks of 4
-outputs × 1 input with its sparse kernels. Its output is the logits of the first token.
+Variants: "int8"; "int8 sparse", which runs layers of at least 70 % zeros in blocks of 4 outputs × 1 input with its
+sparse kernels. It reads the graph that ``peers.neural_engine_export`` writes. Its output is the first token's logits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RELEASE = "1.4.2"
 
 def load(folder: Path, variant: str, threads: int) -> Bind:
     """Compile the graph; it runs any shape."""
-    if variant != "int8":
+    if variant not in ("int8", "int8 sparse"):
         raise ValueError(f"variant is {variant!r}")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("GLOG_minloglevel", "2")
@@ -41,7 +41,8 @@ def load(folder: Path, variant: str, threads: int) -> Bind:
         part.rename(path)
     graph = engine()(str(path))
     restore_scales(graph)
-    graph.transpose_mode_int8([n.name for n in graph.nodes if is_sparse(n)])
+    if variant == "int8 sparse":
+        graph.transpose_mode_int8([n.name for n in graph.nodes if is_sparse(n)])
 
     def bind(ids: Array, mask: Array) -> Step:
         inputs = [ids.astype(np.int32), mask.astype(np.int32)]

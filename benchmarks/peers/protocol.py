@@ -14,8 +14,10 @@ wrong is answered as {"error": REASON}, and the worker goes on.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +34,7 @@ Load = Callable[[Path, str, int], Bind]
 """From the model's folder, the variant and a number of threads; raises where the engine can't run it."""
 
 FIRST_ID, LAST_ID = 1000, 30000
+PR_SET_PDEATHSIG = 1
 WARM_UP_SECONDS = 0.2
 MOST_WARM_UPS = 20
 
@@ -44,6 +47,8 @@ def serve(load: Load, release: str, forget: Callable[[], None] = lambda: None) -
     def answer(**values: Any) -> None:
         answers.write(json.dumps(values) + "\n")
 
+    # A stopped process would not see that the driver is gone.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     folder, variant, threads, cpus = sys.argv[1:]
     os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
     try:

@@ -288,8 +288,14 @@ def _check_range(name: str, values: NDArray[Any], size: int) -> None:
         raise ValueError(f"{name} contains {wrong}; expected values from 0 to {size - 1}")
 
 
+_loaded: dict[bytes, Any] = {}
+"""Code by digest, for all sessions of a file. It stays loaded, so that nothing it made can outlive it."""
+
+
 def _load_library(artifact: Artifact) -> Any:
-    """Load the code. It stays loaded, so that nothing it made can outlive it."""
+    """Load the code, or give what is loaded already."""
+    if artifact.digest in _loaded:
+        return _loaded[artifact.digest]
     folder, name = artifact.path.resolve().parent, artifact.path.resolve().name
     for slashes in range(1, 100):
         # dlopen gives back what is loaded under the same name even if the file has been replaced since; spelled
@@ -302,7 +308,7 @@ def _load_library(artifact: Artifact) -> Any:
             raise ArtifactError(f"{artifact.path} does not load: {error}") from error
         if digest == artifact.digest:
             try:
-                return tvm_ffi.load_module(spelling)
+                return _loaded.setdefault(digest, tvm_ffi.load_module(spelling))
             except RuntimeError as error:
                 raise ArtifactError(
                     f"{artifact.path} does not load in this TVM runtime ({error}); it was compiled with apache-tvm-ffi "

@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,22 @@ def test_memory_does_not_grow_over_shapes(compiled, source, precision):
     command = [sys.executable, "-c", GROW, session.path]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert int(done.stdout) < 500, f"grew by {done.stdout} KB in 300 calls of different shapes"
+
+
+def test_a_call_lets_other_threads_run(compiled):
+    """A plain graph here, whose calls are long; in short ones the threads of Python would take turns anyhow."""
+    session, _ = compiled(REFERENCES / "onnx" / "mpnet-ts17.onnx", "fp32")
+    ids = np.ones((16, 256), int)
+    session.run(ids)
+    with ThreadPoolExecutor(1) as pool:
+        start = time.perf_counter()
+        call = pool.submit(session.run, ids)
+        turns = 0
+        while not call.done():
+            time.sleep(0.001)
+            turns += 1
+        seconds = time.perf_counter() - start
+    assert turns > 50 * seconds, f"{turns} turns in {seconds:.3f} s"
 
 
 class TestVariants:

@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -262,6 +263,36 @@ def test_many_threads_share_a_session(modules):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_sessions_of_one_file_share_its_code(modules, tmp_path):
+    first, second = load(modules["token"], threads=1), load(modules["token"], threads=2)
+    assert first._library is second._library
+    copy = tmp_path / "copy.so"
+    copy.write_bytes(modules["token"].read_bytes())
+    assert load(copy)._library is first._library
+
+
+@pytest.mark.parametrize("module", ["token", "request", "padded"])
+def test_sessions_of_one_file_run_at_the_same_time(modules, module):
+    """Each on its own threads, from threads of their own."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.integers(0, VOCAB, (1, n)) for n in rng.integers(1, MAX_LENGTH, 16)]
+    expected = [load(modules[module], threads=1).run(ids) for ids in inputs]
+    sessions = [load(modules[module], threads) for threads in (1, 2, 3, 1)]
+    together = threading.Barrier(len(sessions))
+
+    def work(session):
+        together.wait()
+        return [np.array_equal(session.run(inputs[i % 16]), expected[i % 16]) for i in range(100)]
+
+    with ThreadPoolExecutor(len(sessions)) as pool:
+        assert all(all(right) for right in pool.map(work, sessions))
+
+
+def test_a_call_lets_other_threads_run(modules):
+    """Compiled code runs without Python's global lock."""
+    assert load(modules["token"])._main.release_gil
 
 
 def test_results_outlive_the_session(modules):

@@ -130,19 +130,147 @@ print(rounds(8000) - before)
     assert int(out) < 2000, f"grew by {out} KB in 8000 calls"
 
 
-def test_processes_share_the_weights(tmp_path):
-    """Eight megabytes of weights are counted as shared, file-backed pages, also after they were read."""
-    path = tmp_path / "big.so"
-    big = np.ones((2 << 20,), np.float32)
-    blob, table = tiny_module.stored({**tiny_module.weights(), "big": big})
+# Private memory, in KB: pages that no other process has.
+PRIVATE = """
+def private():
+    lines = [line.split() for line in open("/proc/self/smaps_rollup")]
+    return sum(int(line[1]) for line in lines if line[0] in ("Private_Clean:", "Private_Dirty:"))
+"""
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """A module with 24 MB of weights."""
+    path = tmp_path_factory.mktemp("big") / "big.so"
+    blob, table = tiny_module.stored({**tiny_module.weights(), "big": np.ones((6 << 20,), np.float32)})
     metadata = replace(tiny_module.METADATA, weights=table)
     tiny_module.write_module([(tiny_module.executable(), metadata)], blob, None, path)
+    return path
+
+
+def test_a_second_process_adds_little(big):
+    """Less than a fifth of the file, also after it has read every weight."""
+    code = (
+        PRIVATE
+        + """
+import sys
+from whet.runtime import load
+from whet.runtime.artifact import open_artifact
+before = private()
+session = load(sys.argv[1], threads=1)
+weights = open_artifact(sys.argv[1]).weights()
+assert weights[3].sum() == 6 << 20
+session.run([list(range(40))])
+print(private() - before, flush=True)
+sys.stdin.read()
+"""
+    )
+    command = [sys.executable, "-c", code, str(big)]
+    first, second = (subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in "12")
+    try:
+        first.stdout.readline()
+        # The one that is measured last has the other beside it.
+        second.stdout.readline()
+        third = subprocess.run(command, input="", capture_output=True, text=True, check=True)
+        added = int(third.stdout)
+    finally:
+        for process in (first, second):
+            process.communicate("")
+    assert added * 1024 < 0.2 * big.stat().st_size, f"{added} KB"
+
+
+def test_sessions_share_the_weights_of_a_process(big):
+    out = python(
+        PRIVATE
+        + """
+import sys
+from whet.runtime import load
+def ready():
+    session = load(sys.argv[1], threads=1)
+    assert session.run([list(range(40))]).shape == (1, 40, 5)
+    return session
+first = ready()
+before = private()
+sessions = [ready() for _ in range(10)]
+print(private() - before)
+""",
+        big,
+    )
+    assert int(out) < 3000, f"{out} KB for 10 sessions of a file of 24 MB"
+
+
+def test_default_threads_are_the_cpus_of_the_process(modules):
+    out = python(
+        """
+import os, sys
+from whet.runtime import load
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+session = load(sys.argv[1])
+before = len(os.listdir("/proc/self/task"))
+session.run([list(range(40))])
+print(session.threads, len(os.listdir("/proc/self/task")) - before)
+""",
+        modules["token"],
+    )
+    assert out == "1 0\n"
+
+
+def test_workers_run_where_the_process_may(modules):
+    """Pinned workers of processes that share a machine would all fight for the first cores."""
+    out = python(
+        """
+import os, sys
+from whet.runtime import load
+os.sched_setaffinity(0, range(os.cpu_count()))
+allowed = os.sched_getaffinity(0)
+session = load(sys.argv[1], 3)
+before = set(os.listdir("/proc/self/task"))
+session.run([list(range(40))])
+workers = set(os.listdir("/proc/self/task")) - before
+print(len(allowed), len(workers), all(os.sched_getaffinity(int(w)) == allowed for w in workers))
+""",
+        modules["token"],
+    )
+    cpus, *rest = out.split()
+    if cpus == "1":
+        pytest.skip("one CPU: a pinned thread has the same affinity as any other")
+    assert rest == ["2", "True"]
+
+
+def test_workers_end_with_the_thread_that_called(modules):
+    out = python(
+        """
+import os, sys, threading, time
+from whet.runtime import load
+session = load(sys.argv[1], 3)
+before = len(os.listdir("/proc/self/task"))
+most = 0
+def work():
+    global most
+    session.run([list(range(40))])
+    most = max(most, len(os.listdir("/proc/self/task")) - before)
+for _ in range(20):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+end = time.monotonic() + 20
+while len(os.listdir("/proc/self/task")) > before and time.monotonic() < end:
+    time.sleep(0.05)
+print(most >= 3, len(os.listdir("/proc/self/task")) - before)
+""",
+        modules["token"],
+    )
+    assert out == "True 0\n"
+
+
+def test_weights_are_pages_of_the_file_in_memory(big):
+    """They are counted as file-backed pages, not as anonymous ones, also after they were read."""
     out = python(
         """
 import sys
 from whet.runtime.artifact import open_artifact
 weights = open_artifact(sys.argv[1]).weights()
-assert weights[3].sum() == 2 << 20
+assert weights[3].sum() == 6 << 20
 sizes = {}
 block = False
 for line in open("/proc/self/smaps"):
@@ -153,8 +281,8 @@ for line in open("/proc/self/smaps"):
         sizes[name] = sizes.get(name, 0) + int(value) if value.isdigit() else 0
 print(sizes["Rss:"], sizes["Anonymous:"])
 """,
-        path,
+        big,
     )
     resident, anonymous = map(int, out.split())
-    assert resident >= 8192
+    assert resident >= 24 << 10
     assert anonymous == 0

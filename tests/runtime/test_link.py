@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_module
 
+import whet.link
 from whet.link import find_compiler, write_module
 from whet.runtime.artifact import open_artifact
 
@@ -68,6 +69,16 @@ def test_the_same_bytes_stand_once():
     blob, table = tiny_module.stored({"a": same, "b": same[::-1], "c": same.copy(), "d": same.view(np.int32)})
     assert [weight.offset for weight in table] == [0, 448, 0, 0]
     assert len(b"".join(blob.pieces())) == 448 + 448
+
+
+def test_helpers_are_those_that_every_cpu_runs(tmp_path, monkeypatch):
+    """LLVM adds the same helpers to each variant; of these weak symbols linkers take the first."""
+    order = []
+    link = whet.link._link
+    monkeypatch.setattr(whet.link, "_link", lambda *args: (order.extend(args[-1]), link(*args)))
+    changes = [{"isa": name, "entry": f"main_{name}"} for name in ("fast", "portable")]
+    tiny_module.write_variants(tmp_path / "m.so", changes)
+    assert [Path(path).parent.name for path in order] == ["1", "0"]
 
 
 def test_nothing_but_the_module_is_left(modules):

@@ -46,9 +46,12 @@ def release() -> None:
     call("tilerelease")
 
 
-def load(register: int, address: Any, stride: int) -> None:
-    """Emit a load of a register whose rows are ``stride`` bytes apart in memory."""
-    call("tileloadd64", T.int8(register), address, T.int64(stride))
+def load(register: int, address: Any, stride: int, *, stream: bool = False) -> None:
+    """Emit a load of a register whose rows are ``stride`` bytes apart in memory.
+
+    ``stream`` leaves the first-level cache to others: for what is too large to be found there again.
+    """
+    call("tileloaddt164" if stream else "tileloadd64", T.int8(register), address, T.int64(stride))
 
 
 def store(register: int, address: Any, stride: int) -> None:

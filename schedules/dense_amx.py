@@ -1,13 +1,13 @@
 """Dense int8 layers on AMX: 16 output rows × 16 tokens × up to 64 channels in one instruction.
 
 Quads are AMX's second operand as they lie in memory: a tile register row is one quad of 16 tokens. The first operand
-is a piece of 16 weight rows. (Intel, Architecture Instruction Set Extensions, chapter on AMX.) The operating system
-must have granted the process the tile registers (Linux: ``arch_prctl(ARCH_REQ_XCOMP_PERM, 18)``) before a kernel runs.
+is a piece of 16 weight rows.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,21 @@ from numpy.typing import NDArray
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from whet.schedules import amx
+from whet.schedules.amx import ROWS
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.epilogue import Epilogue
 from whet.schedules.gemm import Block, Blocking, named, parameter
-from whet.schedules.isa import TILE, Isa
+from whet.schedules.isa import TILE, Isa, prefetch, view
 
-ROWS = 16
-"""Rows of a tile register, and output rows of one."""
+LINE = 64
+"""Bytes of a cache line."""
+
+NEAR_BYTES = 32 << 10
+"""Weights of a pass that stay in the first-level cache over all tokens."""
+
+UNIT_BYTES = 144 << 10
+"""Weights of a unit of parallel work, about."""
 
 
 def supports(spec: DenseSpec, isa: Isa) -> bool:
@@ -35,8 +43,12 @@ def steps(spec: DenseSpec) -> int:
 
 
 def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
-    """Two by two accumulator tiles: each operand loaded is used twice, which the load ports just keep up with."""
-    return Blocking(rows=2 * ROWS, tiles=2, chains=1, chunk=96)
+    """Two by two accumulator tiles: each operand loaded is used twice, which the load ports just keep up with.
+
+    A unit of parallel work costs a microsecond by itself, so it gets weights for at least 25 at 128 tokens.
+    """
+    rows = 2 * ROWS
+    return Blocking(rows=rows, tiles=2, chains=1, chunk=max(rows, UNIT_BYTES // spec.in_features))
 
 
 def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray[Any]]:
@@ -51,97 +63,126 @@ def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray
 def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
     """Generate the kernel; parameters as in whet.schedules.dense, packed weight as in ``pack``.
 
-    Weights are the outer loop, so that they are read once however many tokens there are.
+    Weights are the outer loop, so that they are read once however many tokens there are. While the tile unit
+    multiplies one block, the vector units finish the block before it: a part of its rows at each step.
     """
     n, quads, rows, most = spec.out_features, spec.in_features // QUAD, knobs.rows, knobs.tiles
-    depth = _depth(spec)
+    depth, reduction = _depth(spec), steps(spec)
     row_tiles = rows // ROWS
-    if rows % ROWS or row_tiles * most + row_tiles + most > 8:
+    if rows % ROWS or row_tiles * most + row_tiles + most > amx.REGISTERS:
         raise ValueError(f"knobs are {rows} rows × {most} tiles; AMX has 8 tile registers of 16 rows")
     passes = math.ceil(n / rows)
     per_task = max(1, round(knobs.chunk / rows))
+    registers = _Registers(row_tiles, most)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(f"dense_amx_{n}x{spec.in_features}")
         tiles = T.int64()
         x = parameter("x", (tiles, quads, TILE, QUAD), "uint8")
-        weight = parameter("weight", (passes, steps(spec), row_tiles, ROWS, depth, QUAD), "int8")
+        weight = parameter("weight", (passes, reduction, row_tiles, ROWS, depth, QUAD), "int8")
         epilogue = Epilogue.declare(spec, isa, tiles)
-        registers = _Registers(row_tiles, most)
+        parts_a_step = math.ceil(rows // epilogue.together / reduction)
 
-        def multiply(index: Any, first: Any, count: int, sums: Any) -> None:
+        def step(work: _Work, k: Any, count: int) -> None:
             for r in range(row_tiles):
                 for t in range(count):
-                    _amx("tilezero", registers.sum(r, t))
-            with T.serial(steps(spec)) as k:
-                for t in range(count):
-                    _load(registers.token(t), T.address_of(x[first + t, k * depth, 0, 0]), TILE * QUAD)
-                for r in range(row_tiles):
-                    _load(registers.row(r), T.address_of(weight[index, k, r, 0, 0, 0]), depth * QUAD)
-                    for t in range(count):
-                        _amx("tdpbsud", registers.sum(r, t), registers.row(r), registers.token(t))
+                    # A pass reads all activations, but its weights stay in the first-level cache.
+                    if r == 0:
+                        at = T.address_of(x[work.block.first_tile + t, k * depth, 0, 0])
+                        amx.load(registers.token(t), at, TILE * QUAD, stream=True)
+                    if t == 0:
+                        at = T.address_of(weight[work.index, k, r, 0, 0, 0])
+                        amx.load(registers.row(r), at, depth * QUAD, stream=rows * spec.in_features > NEAR_BYTES)
+                    amx.multiply_add("tdpbsud", registers.sum(r, t), registers.row(r), registers.token(t))
+
+        def fetch(work: _Work, k: Any) -> None:
+            """Prefetch what the next pass reads at step k: every token block of this one fetches its share of it."""
+            step_bytes = rows * depth * QUAD
+            flat = view(weight, (passes * reduction * step_bytes,), "int8")
+            start = T.Bind((T.cast(work.index, "int64") + 1) * (reduction * step_bytes) + k * step_bytes)
+            with T.serial((step_bytes // LINE - work.number + work.of - 1) // work.of) as i:
+                prefetch(flat, start + (work.number + i * work.of) * LINE, level=2)
+
+        def multiply(work: _Work, count: int, before: Block) -> None:
             for r in range(row_tiles):
                 for t in range(count):
-                    # access_ptr, because TVM shrinks a buffer to what it sees loaded unless its pointer escapes.
-                    at = sums.access_ptr("w", offset=(t * rows + r * ROWS) * TILE)
-                    _amx("tilestored64", registers.sum(r, t), at, T.int64(TILE * 4))
+                    amx.zero(registers.sum(r, t))
+            with T.serial(reduction) as k:
+                fetch(work, k)
+                step(work, k, count)
+                for i in range(parts_a_step):
+                    part = named("part", T.Bind(k * parts_a_step + i))
+                    with T.If(part < before.rows // epilogue.together), T.Then():
+                        epilogue.emit_part(before, part)
+            for r in range(row_tiles):
+                for t in range(count):
+                    at = before.sums.access_ptr("w", offset=(t * rows + r * ROWS) * TILE)
+                    amx.store(registers.sum(r, t), at, TILE * 4)
 
         with T.sblock("root"):
             T.reads()
             T.writes()
-            blocks = named("blocks", T.Bind((tiles + (most - 1)) // most))
+            blocks = named("blocks", T.Bind(T.cast((tiles + (most - 1)) // most, "int32")))
             with T.parallel(math.ceil(passes / per_task)) as task:
                 sums = named("sums", T.alloc_buffer((most, rows, TILE), "int32"))
-                configuration = T.alloc_buffer((8,), "int64")
-                for i, word in enumerate(_configuration(registers, depth)):
-                    T.buffer_store(configuration, T.int64(int(word)), [i])
-                _amx("ldtilecfg", T.address_of(configuration[0]))
-                with T.serial(T.min(per_task, passes - task * per_task)) as i, T.serial(blocks) as b:
-                    index = named("pass", T.Bind(task * per_task + i))
-                    first = named("first_tile", T.Bind(b * tiles // blocks))
-                    count = named("tile_count", T.Bind(T.cast((b + 1) * tiles // blocks - first, "int32")))
-                    for size in range(1, most + 1):
-                        with T.If(count == size), T.Then():
-                            multiply(index, first, size, sums)
+                amx.configure(registers.shapes(depth))
+                last = named("last", T.Bind(T.min(per_task, passes - task * per_task) * blocks - 1))
+
+                def work_at(position: Any) -> _Work:
+                    index = named("pass", T.Bind(task * per_task + position // blocks))
+                    number = named("token_block", T.Bind(position % blocks))
+                    first = named("first_tile", T.Bind(T.cast(number, "int64") * tiles // blocks))
+                    end = T.Bind((T.cast(number, "int64") + 1) * tiles // blocks)
                     first_row = index * rows
-                    epilogue.emit(Block(first_row, T.min(rows, n - first_row), first, count, sums))
-                _amx("tilerelease")
+                    block = Block(
+                        first_row, T.min(rows, n - first_row), first, T.Bind(T.cast(end - first, "int32")), sums
+                    )
+                    return _Work(index, number, blocks, block)
+
+                with T.serial(last + 1) as position:
+                    work, before = work_at(position), work_at(T.max(position - 1, 0)).block
+                    before = replace(before, tiles=T.Bind(T.if_then_else(position == 0, 0, before.tiles)))
+                    for count in range(1, most + 1):
+                        with T.If(work.block.tiles == count), T.Then():
+                            multiply(work, count, before)
+                epilogue.emit(work_at(last).block)
+                amx.release()
     return builder.get()
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A pass of weights over one token block."""
+
+    index: Any
+    """Of the pass."""
+    number: Any
+    """Of the token block, of ``of`` blocks."""
+    of: Any
+    block: Block
+
+
+@dataclass(frozen=True)
 class _Registers:
     """Which tile register holds what."""
 
-    def __init__(self, rows: int, tokens: int) -> None:
-        self.rows, self.tokens = rows, tokens
+    rows: int
+    tokens: int
 
-    def sum(self, row: int, token: int) -> Any:
-        return T.int8(row * self.tokens + token)
+    def sum(self, row: int, token: int) -> int:
+        return row * self.tokens + token
 
-    def row(self, row: int) -> Any:
-        return T.int8(self.rows * self.tokens + row)
+    def row(self, row: int) -> int:
+        return self.rows * self.tokens + row
 
-    def token(self, token: int) -> Any:
-        return T.int8(self.rows * self.tokens + self.rows + token)
+    def token(self, token: int) -> int:
+        return self.rows * self.tokens + self.rows + token
 
-
-def _configuration(registers: _Registers, depth: int) -> NDArray[Any]:
-    """Build the 64 bytes of LDTILECFG as 8 words: palette 1, then bytes per row and rows of each tile register."""
-    sums, rows, tokens = registers.rows * registers.tokens, registers.rows, registers.tokens
-    data = np.zeros(64, np.uint8)
-    data[0] = 1
-    data[16:32].view(np.uint16)[: sums + rows + tokens] = [64] * sums + [depth * QUAD] * rows + [64] * tokens
-    data[48 : 48 + sums + rows + tokens] = [ROWS] * (sums + rows) + [depth] * tokens
-    return data.view(np.int64)
+    def shapes(self, depth: int) -> list[tuple[int, int]]:
+        """Rows and bytes per row of each register."""
+        sums, rows = [(ROWS, TILE * 4)] * (self.rows * self.tokens), [(ROWS, depth * QUAD)] * self.rows
+        return [*sums, *rows, *[(depth, TILE * QUAD)] * self.tokens]
 
 
 def _depth(spec: DenseSpec) -> int:
     """Quads in a tile register: the most that divide the layer's, so that none is left over."""
     return max(d for d in range(1, ROWS + 1) if spec.in_features // QUAD % d == 0)
-
-
-def _load(register: Any, address: Any, stride: int) -> None:
-    _amx("tileloadd64", register, address, T.int64(stride))
-
-
-def _amx(name: str, *args: Any) -> None:
-    T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *args))

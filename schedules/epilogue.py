@@ -47,25 +47,30 @@ class Epilogue:
             outputs=_declare_outputs(layer, tiles),
         )
 
+    @property
+    def together(self) -> int:
+        """Rows that are stored together: a quad, or one where the layer has no whole quads."""
+        return 1 if self.layer.out_features % QUAD else QUAD
+
     def emit(self, block: Block) -> None:
         """Store one group of finished rows."""
-        together = 1 if self.layer.out_features % QUAD else QUAD
-        lanes = self.isa.lanes
-        with T.serial(block.rows // together) as i:
-            first = named("row", T.Bind(block.first_row + i * together))
-            constants = [self._row_constants(first + r) for r in range(together)]
-            with T.serial(block.tiles) as t:
-                tile = named("tile", T.Bind(block.first_tile + t))
-                for part in range(self.isa.parts):
-                    where = (tile, T.ramp(part * lanes, 1, lanes))
-                    self._store(
-                        first,
-                        where,
-                        [
-                            self._finished(block.sums[t, i * together + r, where[1]], first + r, constants[r], where)
-                            for r in range(together)
-                        ],
-                    )
+        with T.serial(block.rows // self.together) as i:
+            self.emit_part(block, i)
+
+    def emit_part(self, block: Block, i: Any) -> None:
+        """Store the rows of the group from ``i * together`` on, ``together`` of them."""
+        together, lanes = self.together, self.isa.lanes
+        first = named("row", T.Bind(block.first_row + i * together))
+        constants = [self._row_constants(first + r) for r in range(together)]
+        with T.serial(block.tiles) as t:
+            tile = named("tile", T.Bind(block.first_tile + t))
+            for part in range(self.isa.parts):
+                where = (tile, T.ramp(part * lanes, 1, lanes))
+                values = [
+                    self._finished(block.sums[t, i * together + r, where[1]], first + r, constants[r], where)
+                    for r in range(together)
+                ]
+                self._store(first, where, values)
 
     def _row_constants(self, row: Any) -> tuple[Any, ...]:
         buffers = (self.bias, self.scale, self.row_sums)

@@ -137,9 +137,9 @@ def view(buffer: Any, shape: Sequence[Any], dtype: str) -> Any:
     return T.decl_buffer(shape, dtype, data=buffer.data)
 
 
-def prefetch(buffer: Any, *indices: Any) -> None:
-    """Ask for the cache line of an element, which may lie past the end: prefetching never faults."""
-    read, keep, data = T.int32(0), T.int32(3), T.int32(1)
+def prefetch(buffer: Any, *indices: Any, level: int = 1) -> None:
+    """Ask a cache for the line of an element, which may lie past the end: prefetching never faults."""
+    read, keep, data = T.int32(0), T.int32(4 - level), T.int32(1)
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(buffer[indices]), read, keep, data))
 
 
@@ -169,15 +169,6 @@ def instruction(dtype: str, name: str, lanes: int, *args: Any) -> Any:
 def round_int(x: Any, lanes: int) -> Any:
     """Float32 vector to int32, to nearest, halves to even (vcvtps2dq); ``x`` must fit int32."""
     return T.call_llvm_pure_intrin(f"int32x{lanes}", "llvm.lrint", x)
-
-
-def pack4(rows: Sequence[Any], lanes: int) -> Any:
-    """Pack four int32 vectors, each lane in 0…255, into the bytes of one, the first in the low byte."""
-
-    def shifted(row: Any, bits: int) -> Any:
-        return T.shift_left(row, splat(bits, lanes, "int32"))
-
-    return (shifted(rows[3], 24) | shifted(rows[2], 16)) | (shifted(rows[1], 8) | rows[0])
 
 
 def round2(a: Any, b: Any, lanes: int) -> Any:

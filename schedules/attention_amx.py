@@ -58,7 +58,13 @@ def attention_amx(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs) -> tirx.
                 T.writes()
                 kernel = _Kernel(spec, isa, knobs, arguments.viewed())
                 for_each_request(
-                    spec.heads, knobs.unit, arguments.segments, arguments.tiles, kernel.allocate, kernel.attend
+                    spec.heads,
+                    knobs.unit,
+                    arguments.segments,
+                    arguments.tiles,
+                    kernel.allocate,
+                    kernel.attend,
+                    shared=True,
                 )
         return builder.get()
 

@@ -36,7 +36,13 @@ def attention_i8(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs) -> tirx.P
                 T.writes()
                 kernel = VectorKernel(spec, isa, knobs, arguments.viewed())
                 for_each_request(
-                    spec.heads, knobs.unit, arguments.segments, arguments.tiles, kernel.allocate, kernel.attend
+                    spec.heads,
+                    knobs.unit,
+                    arguments.segments,
+                    arguments.tiles,
+                    kernel.allocate,
+                    kernel.attend,
+                    shared=True,
                 )
         return builder.get()
 
@@ -61,7 +67,7 @@ class VectorKernel:
 
         def together(vectors: list[Vector]) -> None:
             self._scores(queries, vectors)
-            totals = self._probabilities(queries, len(vectors))
+            totals = self._probabilities(queries, vectors)
             self._context(queries, vectors, totals)
 
         for_each_vector(self.isa, self.knobs.queries, queries, together)
@@ -100,7 +106,7 @@ class VectorKernel:
                 for j, s in enumerate(of_key):
                     T.buffer_store(self.scores, s[0], [j, row + i, self.every])
 
-    def _probabilities(self, queries: Queries, vectors: int) -> list[Any]:
+    def _probabilities(self, queries: Queries, vectors: list[Vector]) -> list[Any]:
         """Replace scores by probabilities, four keys to a row; returns their sums per query.
 
         Row i of the probabilities lies where row i of the scores was, which has been read by then.
@@ -108,13 +114,15 @@ class VectorKernel:
         softmax = Softmax(self.scores, queries.request, self.arguments.params[0], self.isa)
         end = softmax.first + softmax.quads
         offsets = []
-        for j in range(vectors):
+        for j, (_, part) in enumerate(vectors):
             softmax.hide_others(j, softmax.first * QUAD, end * QUAD)
+            if len(vectors) <= self.isa.parts:
+                softmax.hide_members(j, part)
             maxima = softmax.maxima()
             with T.serial(softmax.quads) as i:
                 softmax.raise_maxima(maxima, j, (softmax.first + i) * QUAD)
             offsets.append(softmax.offset(maxima))
-        totals = self._registers(vectors)
+        totals = self._registers(len(vectors))
         with T.serial(softmax.quads) as i:
             quad = named("quad", T.Bind(softmax.first + i))
             packed = [softmax.quad(j, quad, offset) for j, offset in enumerate(offsets)]

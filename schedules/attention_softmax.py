@@ -14,7 +14,7 @@ from tvm.script.ir_builder import tirx as T
 
 from whet.schedules.elementwise import QUAD
 from whet.schedules.isa import Isa, fma, instruction, pack_bytes, round2, splat
-from whet.schedules.segments import Request
+from whet.schedules.segments import Request, blend, lanes_before
 
 SCORE_ZERO = 0x4B400000
 """The bits of 1.5·2²³."""
@@ -54,6 +54,23 @@ class Softmax:
         for row, count in ((begin, self.request.lead - begin), (self.request.end, end - self.request.end)):
             with T.serial(count) as i:
                 T.buffer_store(self.scores, splat(_NOTHING, self.isa.lanes, "int32"), [vector, row + i, self.every])
+
+    def hide_members(self, vector: int, part: Any) -> None:
+        """Where requests share the tile, give each one's queries scores of −∞ for the others' keys.
+
+        The vector's first lane is the tile's ``part · lanes``-th.
+        """
+        lanes = self.isa.lanes
+
+        def hide(begin: Any, end: Any) -> None:
+            first = part * lanes
+            own = T.Bind(lanes_before(first, end, self.isa) & ~lanes_before(first, begin, self.isa))
+            with T.serial(end - begin) as i:
+                where = [vector, begin + i, self.every]
+                score = self.scores[tuple(where)]
+                T.buffer_store(self.scores, blend(own, score, splat(_NOTHING, lanes, "int32")), where)
+
+        self.request.for_each_member(hide)
 
     def maxima(self) -> list[Any]:
         """Variables for the highest scores so far, four because one would be waited for."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from whet.schedules.gemm import named
@@ -14,10 +15,15 @@ from whet.schedules.isa import TILE, Isa, splat
 
 @dataclass(frozen=True)
 class Request:
-    """The tokens of one request; rows are counted from the first token of its first tile."""
+    """The tokens of one request, or of several within one tile that are worked on together.
 
+    Rows are counted from the first token of the first tile.
+    """
+
+    segments: Any
     entries: Any
     entry: Any
+    """First, and for all but tiles that requests share only, entry of the segments."""
     start: Any
     """First token."""
     length: Any
@@ -30,18 +36,27 @@ class Request:
     """One past the last row."""
 
     @staticmethod
-    def at(entries: Any, entry: Any, start: Any, length: Any) -> Request:
-        """The request of an entry of the segments."""
+    def at(segments: Any, entries: Any, entry: Any, start: Any, length: Any) -> Request:
+        """The request of an entry of the segments, or those from that entry on."""
         first = named("first_tile", T.Bind(start // TILE))
         lead = named("lead", T.Bind(start - first * TILE))
         end = named("end", T.Bind(lead + length))
         tiles = named("request_tiles", T.Bind((end + (TILE - 1)) // TILE))
-        return Request(entries, entry, start, length, first, tiles, lead, end)
+        return Request(segments, entries, entry, start, length, first, tiles, lead, end)
 
     def blocks(self, size: int) -> tuple[Any, Any]:
         """First of the blocks of ``size`` rows that hold the request, and their number."""
         first = T.Bind(self.lead // size)
         return first, T.Bind((self.end + (size - 1)) // size - first)
+
+    def for_each_member(self, body: Callable[[Any, Any], None]) -> None:
+        """Emit ``body`` for the first row and the one past the last of each request, if there are several."""
+        _, length = _bounds(self.segments, self.entry)
+        with T.If(length < self.length), T.Then(), T.serial(self.entries[self.first, 1] - self.entry) as i:
+            start, length = _bounds(self.segments, self.entry + i)
+            with T.If(tirx.all(length > 0, start < self.start + self.length)), T.Then():
+                row = T.Bind(start - self.first * TILE)
+                body(row, row + length)
 
     def is_first_of(self, tile: Any) -> Any:
         """Whether no earlier request has tokens in the tile."""
@@ -71,10 +86,13 @@ def for_each_request(
     tiles: Any,
     prepare: Callable[[], None],
     body: Callable[[Queries], None],
+    *,
+    shared: bool = False,
 ) -> None:
     """Emit ``body`` for all heads, all runs of ``unit`` tiles, and each request with tokens there in turn.
 
-    Each unit of parallel work, which begins with ``prepare``, has its own tiles, so no two write the same memory.
+    With ``shared``, requests that lie within the same tile are handed over as one. Each unit of parallel work, which
+    begins with ``prepare``, has its own tiles, so no two write the same memory.
     """
     entries = _entries_of_tiles(segments, tiles)
     units = named("units", T.Bind((tiles + (unit - 1)) // unit))
@@ -84,11 +102,16 @@ def for_each_request(
         high = named("high", T.Bind(T.min(low + unit, tiles)))
         prepare()
         begin = named("begin", T.Bind(entries[low, 0]))
+        done = T.alloc_buffer((1,), "int32")
+        T.buffer_store(done, T.int32(0), [0])
         with T.serial(entries[high - 1, 1] - begin) as i:
             entry = named("entry", T.Bind(begin + i))
             start, length = _bounds(segments, entry)
-            with T.If(length > 0), T.Then():
-                request = Request.at(entries, entry, start, length)
+            with T.If(tirx.all(length > 0, start >= done[0])), T.Then():
+                end = _shared_end(segments, entries, start, length) if shared else start + length
+                T.buffer_store(done, end, [0])
+                # By way of memory: TVM's buffer compaction takes minutes to draw conclusions from the expression.
+                request = Request.at(segments, entries, entry, start, T.Bind(done[0] - start))
                 tile = named("tile", T.Bind(T.max(low, request.first)))
                 count = named("tile_count", T.Bind(T.min(high, request.first + request.tiles) - tile))
                 body(Queries(head, tile, count, request))
@@ -132,6 +155,15 @@ def _entries_of_tiles(segments: Any, tiles: Any) -> Any:
         T.buffer_store(entries, entries[i, 1], [i + 1, 0])
         T.buffer_store(entries, entries[i, 1], [i + 1, 1])
     return entries
+
+
+def _shared_end(segments: Any, entries: Any, start: Any, length: Any) -> Any:
+    """One past the last token of the requests from this one on that lie within its tile; its own if it does not."""
+    tile = T.Bind(start // TILE)
+    end, tile_end = T.Bind(start + length), T.Bind((tile + 1) * TILE)
+    last_start, last_length = _bounds(segments, T.Bind(entries[tile, 1] - 1))
+    last_end = last_start + last_length
+    return T.Select(end > tile_end, end, T.Select(last_end > tile_end, T.max(end, last_start), last_end))
 
 
 def _bounds(segments: Any, entry: Any) -> tuple[Any, Any]:

@@ -52,14 +52,14 @@ def check_i8(isa, heads, rows, segments, params, within=1):
     return difference
 
 
-SHAPES = [(2, 8), (3, 12), (2, 28), (3, 32), (2, 64), (1, 100), (1, 256)]
+SHAPES = [(2, 8), (3, 12), (2, 28), (1, 32), (1, 64), (1, 100), (1, 256)]
 
 
 @pytest.mark.parametrize(
     ("isa", "heads", "size"),
     [("avx512_vnni", *shape) for shape in SHAPES]
-    + [("avx_vnni", 2, 28), ("avx2", 3, 12), ("avx2", 2, 64)]
-    + [("amx_int8", 3, size) for size in (16, 32, 48, 64)],
+    + [("avx_vnni", 2, 28), ("avx2", 3, 12), ("avx2", 1, 64)]
+    + [("amx_int8", *shape) for shape in ((3, 16), (1, 32), (2, 48), (1, 64))],
 )
 def test_i8_mixed_lengths(isa, heads, size):
     rng = np.random.default_rng(size)

@@ -39,7 +39,7 @@ ROOMS = ("frontend", "passes", "runtime", "schedules", "whet")
 
 BURST_SECONDS = 0.05
 SLOW_SECONDS, SLOW_ROUNDS = 1.0, 5
-"""Contestants that take so long for a pass are out after so many rounds."""
+"""Contestants that take so long for a pass are out after so many rounds, and all their passes are timed."""
 HOPELESS_SECONDS = 20.0
 """… and those are not timed again: the pass that warmed them up is the result."""
 
@@ -66,11 +66,12 @@ The Neural Engine wants blocks of 4 outputs × 1 input, so 4×4 blocks are its o
 """
 EXPORTERS = {"neural_engine": ("neural_engine_export", "old.onnx")}
 """Engines whose graph another environment writes, and the file that it writes."""
-ANY_SHAPE = ("onnxruntime", "neural_engine")
-"""Engines that compile nothing per shape, so that requests of different lengths may also go one by one."""
+ANY_SHAPE = ("onnxruntime", "openvino", "neural_engine")
+"""Engines with models for any shape, so that requests of different lengths may also go in small batches."""
 
 SEQUENCES = (16, 32, 64, 128, 384, 512)
 MIXED, TEXTS = "mixed-b32", "texts"
+MIXED_WEIGHTS = ("dense", "80% 4x4")
 FLOORS = {"weights": ("dense", "80% 4x4"), "sequences": (32, 128, 384)}
 
 
@@ -96,7 +97,7 @@ class Run:
     path: Path
     document: dict[str, Any]
     cpus: list[int]
-    pythons: dict[str, Path] = field(default_factory=dict)
+    pythons: dict[str, Path | Unavailable] = field(default_factory=dict)
     failures: dict[Contestant, str] = field(default_factory=dict)
 
     def save(self) -> None:
@@ -213,9 +214,15 @@ def compare(run: Run, shape: str, contestants: Sequence[Contestant], lengths: Ma
 
 
 def takes_part(contestant: Contestant, case: str) -> bool:
-    """Whole requests are Whet's alone: with tokenising, and for comparison the same lengths without."""
+    """Who is in which case.
+
+    Whole requests are Whet's alone: with tokenising, and for comparison the same lengths without. Mixed lengths leave
+    out some weights: engines that keep a copy of them per shape want much memory there.
+    """
     if case.startswith(TEXTS):
         return contestant.engine == "whet" and contestant.weights in ENGINES["whet"]["encode"]
+    if case == MIXED and contestant.weights not in MIXED_WEIGHTS:
+        return False
     return contestant.variant != "encode"
 
 
@@ -237,10 +244,16 @@ def open_worker(run: Run, shape: str, contestant: Contestant) -> Worker:
 
 
 def environment(run: Run, name: str) -> Path:
-    """The Python of an engine; Whet's is the running one."""
+    """The Python of an engine; Whet's is the running one. Raises Unavailable."""
     if name not in run.pythons:
-        run.pythons[name] = Path(sys.executable) if name == "whet" else make_environment(name, run.work / "envs")
-    return run.pythons[name]
+        try:
+            run.pythons[name] = Path(sys.executable) if name == "whet" else make_environment(name, run.work / "envs")
+        except Unavailable as error:
+            run.pythons[name] = error  # other variants need not try
+    found = run.pythons[name]
+    if isinstance(found, Unavailable):
+        raise found
+    return found
 
 
 def give_up(run: Run, workers: Mapping[Contestant, Worker], case: str, results: Mapping[str, Any]) -> None:
@@ -268,7 +281,7 @@ def measure(run: Run, workers: Mapping[Contestant, Worker], case: str, lengths: 
     found: dict[Contestant, dict[str, Any]] = {}
     failed: dict[Contestant, str] = {}
     passes: dict[Contestant, int] = {}
-    rounds: dict[Contestant, int] = {}
+    slow: set[Contestant] = set()
     outputs: dict[Contestant, Path] = {}
     for contestant, worker in workers.items():
         with noted(failed, contestant):
@@ -279,14 +292,16 @@ def measure(run: Run, workers: Mapping[Contestant, Worker], case: str, lengths: 
                 found[contestant]["ms"] = [seconds * 1e3]
             else:
                 passes[contestant] = max(1, round(BURST_SECONDS / seconds))
-                rounds[contestant] = run.rounds if seconds <= SLOW_SECONDS else min(run.rounds, SLOW_ROUNDS)
+                if seconds > SLOW_SECONDS:
+                    slow.add(contestant)
     order = list(passes)
     for turn in range(run.rounds):
         for contestant in order[turn % len(order) :] + order[: turn % len(order)]:
-            if contestant in failed or turn >= rounds[contestant]:
+            if contestant in failed or (contestant in slow and turn >= SLOW_ROUNDS):
                 continue
             with noted(failed, contestant):
-                seconds = workers[contestant].ask(do="burst", runs=passes[contestant])["seconds"]
+                message = {"do": "burst", "runs": passes[contestant], "settle": contestant not in slow}
+                seconds = workers[contestant].ask(**message)["seconds"]
                 found[contestant]["ms"].append(float(np.median(seconds)) * 1e3)
     for contestant, worker in workers.items():
         if worker.alive:
@@ -319,7 +334,7 @@ def strategies(contestant: Contestant, lengths: Sequence[int]) -> dict[str, list
     plans = {"one batch": [every]}
     if contestant.engine != "whet" and len(set(lengths)) > 1:
         ascending = sorted(every, key=lengths.__getitem__)
-        sizes = (8, 4, 1) if contestant.engine in ANY_SHAPE else (8, 4)
+        sizes = (8, 4, 1) if contestant.engine in ANY_SHAPE else (8,)
         plans |= {f"sorted, by {n}": [ascending[i : i + n] for i in range(0, len(every), n)] for n in sizes}
     return plans
 

@@ -5,7 +5,7 @@
 The answers to the driver's lines go to the file that was stdout; what the engine prints goes to stderr.
 
     {"do": "open", "requests": [tokens, …], "plan": [[request, …], …], "output": PATH} → {"seconds": of one pass}
-    {"do": "burst", "runs": N} → {"seconds": [of each pass]}
+    {"do": "burst", "runs": N, "settle": whether one before them is not timed} → {"seconds": [of each pass]}
     {"do": "close"} → {}
 
 A plan says which requests go to the engine together, padded to the longest of them; a pass runs all of it. What goes
@@ -69,7 +69,8 @@ def serve(load: Load, release: str, forget: Callable[[], None] = lambda: None) -
                     np.save(message["output"], outputs(message["requests"], message["plan"], steps))
                     answer(seconds=warm_up(steps))
                 case "burst":
-                    run(steps)
+                    if message["settle"]:
+                        run(steps)
                     answer(seconds=[run(steps) for _ in range(message["runs"])])
                 case "close":
                     steps = []

@@ -160,6 +160,7 @@ class _Kernel:
         squares = self.quads // QUAD
         order = [min(i, squares - 1) for i in range(1 << (squares - 1).bit_length())]
         with T.serial(request.tiles) as t:
+            self._keep_awake()
             first = queries.head * self.quads
             for key in range(0, TILE, QUAD):
                 columns = [
@@ -179,6 +180,7 @@ class _Kernel:
         request = queries.request
         with T.serial((request.tiles + (QUAD - 1)) // QUAD) as block:
             tiles = [T.Bind(request.first + T.min(block * QUAD + i, request.tiles - 1)) for i in range(QUAD)]
+            self._keep_awake()
             with T.serial(self.size) as channel:
                 pieces = [
                     self.arguments.v[tile, queries.head * self.size + channel, T.ramp(0, 1, QUAD)] for tile in tiles
@@ -186,6 +188,10 @@ class _Kernel:
                 T.buffer_store(
                     self.memory, _concatenate(pieces), [self.values + block * self.size + channel, self.every]
                 )
+
+    def _keep_awake(self) -> None:
+        """Multiply something: after a few hundred idle cycles AMX takes as many again to start."""
+        amx.multiply_add("tdpbssd", _SCORES, _FIRST, _SECOND)
 
     def _clear_neighbours(self, softmax: Softmax, blocks: Any) -> None:
         """Make the probabilities of keys that are not the request's, but share steps of 64 with it, 0."""

@@ -24,6 +24,8 @@ from .protocol import Array, Bind, Step, serve
 
 SPARSE_FROM = 0.7
 BLOCK = 4
+TOKENS = 32
+"""The sparse kernels end the process where a request has another multiple of tokens; it is padded."""
 CODES = "intel_extension_for_transformers.transformers"
 RELEASE = "1.4.2"
 
@@ -41,11 +43,14 @@ def load(folder: Path, variant: str, threads: int) -> Bind:
         part.rename(path)
     graph = engine()(str(path))
     restore_scales(graph)
+    width = 1
     if variant == "int8 sparse":
+        width = TOKENS
         graph.transpose_mode_int8([n.name for n in graph.nodes if is_sparse(n)])
 
     def bind(ids: Array, mask: Array) -> Step:
-        inputs = [ids.astype(np.int32), mask.astype(np.int32)]
+        padding = -ids.shape[1] % width
+        inputs = [np.pad(a, ((0, 0), (0, padding))).astype(np.int32) for a in (ids, mask)]
         return lambda: next(iter(graph.inference(inputs).values()))
 
     return bind

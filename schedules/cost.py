@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from whet.schedules import dense_amx, dense_f32, dense_i8, sparse_i8
+from whet.schedules import amx, dense_amx, dense_f32, dense_i8, sparse_i8
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import TILE, Isa
@@ -67,7 +67,7 @@ def estimate_cycles(spec: DenseSpec, tiles: int, density: float, isa: Isa) -> fl
     vectors = spec.out_features * tiles * isa.parts
     activation = vectors * ACTIVATION[spec.activation]
     if dense_amx.supports(spec, isa):
-        products = math.ceil(spec.out_features / dense_amx.ROWS) * dense_amx.steps(spec) * tiles
+        products = math.ceil(spec.out_features / amx.ROWS) * dense_amx.steps(spec) * tiles
         arithmetic = products * AMX_MULTIPLY
         return arithmetic + spec.out_features * spec.in_features / AMX_BYTES + vectors * AMX_VECTOR + activation
     return _vector_kernel(spec, tiles, density, isa) + activation

@@ -99,7 +99,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
             step_bytes = rows * depth * QUAD
             flat = view(weight, (passes * reduction * step_bytes,), "int8")
             start = T.Bind((T.cast(work.index, "int64") + 1) * (reduction * step_bytes) + k * step_bytes)
-            with T.serial((step_bytes // LINE - work.number + work.of - 1) // work.of) as i:
+            with T.serial(T.truncdiv(step_bytes // LINE - work.number + work.of - 1, work.of)) as i:
                 prefetch(flat, start + (work.number + i * work.of) * LINE, level=2)
 
         def multiply(work: _Work, count: int, before: Block) -> None:
@@ -128,10 +128,11 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 last = named("last", T.Bind(T.min(per_task, passes - task * per_task) * blocks - 1))
 
                 def work_at(position: Any) -> _Work:
-                    index = named("pass", T.Bind(task * per_task + position // blocks))
-                    number = named("token_block", T.Bind(position % blocks))
-                    first = named("first_tile", T.Bind(T.cast(number, "int64") * tiles // blocks))
-                    end = T.Bind((T.cast(number, "int64") + 1) * tiles // blocks)
+                    # Truncated: floors, which TVM can't prove to be the same here, take seconds to compile.
+                    index = named("pass", T.Bind(task * per_task + T.truncdiv(position, blocks)))
+                    number = named("token_block", T.Bind(T.truncmod(position, blocks)))
+                    first = named("first_tile", T.Bind(T.truncdiv(T.cast(number, "int64") * tiles, blocks)))
+                    end = T.Bind(T.truncdiv((T.cast(number, "int64") + 1) * tiles, blocks))
                     first_row = index * rows
                     block = Block(
                         first_row, T.min(rows, n - first_row), first, T.Bind(T.cast(end - first, "int32")), sums

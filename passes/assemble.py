@@ -31,6 +31,9 @@ ALIGNMENT = 64
 READS_ALL_WEIGHTS = "whet.reads_all_weights"
 """Attribute of a kernel that reads its weights from end to end for every tile (and does not look rows up in tables)."""
 
+OVERWRITES = "whet.overwrites"
+"""Attribute of a kernel: number of the parameter that its first output may lie over, element on element."""
+
 NANOSECONDS_PER_BYTE = 0.046
 """Time a core takes per tile for each byte of weights (int8: 16 multiply-adds at 350 G/s) or of results."""
 REGION_NANOSECONDS = 12_000
@@ -142,12 +145,24 @@ class _Assembly:
         slots: dict[Value, _Slot] = {}
         for i, binding in enumerate(self.calls):
             made = [value for value in self.made(binding) if value != self.result]
+            over = self.overwritten(binding)
+            if over not in slots or last[over] != i or self.made(binding)[0] == self.result:
+                over = None
             for value in made:
-                slots[value] = self.take(self.type_of(value))
-            for value in {*self.read(binding), *made}:
+                slots[value] = slots[over] if over and value == made[0] else self.take(self.type_of(value))
+            for value in {*self.read(binding), *made} - {over}:
                 if value in slots and last.get(value, i) == i:
                     slots[value].free = True
         return slots
+
+    def overwritten(self, binding: relax.VarBinding) -> Value | None:
+        """The tensor that the first output may lie over, if the kernel allows it and reads that tensor once."""
+        position = self.module[binding.value.args[0]].attrs.get(OVERWRITES)
+        if position is None:
+            return None
+        read = self.read(binding)
+        value = read[int(position)]
+        return value if read.count(value) == 1 else None
 
     def take(self, ty: relax.TensorType) -> _Slot:
         """Take the free slot that fits best, or a new one."""

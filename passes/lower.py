@@ -26,7 +26,7 @@ from whet.schedules.layer_norm import LayerNormSpec, layer_norm
 from whet.schedules.pool import NormalizeSpec, PoolSpec, normalize, pool
 
 from . import dialect
-from .assemble import READS_ALL_WEIGHTS
+from .assemble import OVERWRITES, READS_ALL_WEIGHTS
 from .dialect import TILE, shape_of
 from .graph import Graph, attributes, is_call, weight_of
 
@@ -141,7 +141,7 @@ class _Lowering:
         )
         weights = [*(self.graph.constant(a) for a in call.args[1:]), *self.requant(demand)]
         inputs = [self.tiles(call.args[0])]
-        self.normalised(var, "layer_norm", spec, layer_norm, inputs, weights, spec.channels)
+        self.normalised(var, "layer_norm", spec, _layer_norm_in_place, inputs, weights, spec.channels)
 
     def normalised(
         self,
@@ -202,7 +202,10 @@ class _Lowering:
             types = [self.tiles_type(var)]
         else:
             types = self.quads_types(var, rows, "quads") if output == "quads" else self.heads_types(var, rows // 3)
-        func = self.kernel(("streaming", spec), lambda: kernel.func.with_attr(READS_ALL_WEIGHTS, True))
+        notes = {READS_ALL_WEIGHTS: True}
+        if residual:
+            notes[OVERWRITES] = arguments.index(residual[0])
+        func = self.kernel(("streaming", spec), lambda: kernel.func.with_attrs(notes))
         self.forms[var, output] = self.emit(func, _kernel_name(spec), arguments, types, var.name)
         if output == "tiles" and demand.integer:
             self.quantize(var)
@@ -367,6 +370,10 @@ class _Lowering:
         if len(types) == 1:
             return (result,)
         return tuple(self.builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types)))
+
+
+def _layer_norm_in_place(spec: LayerNormSpec, isa: Isa) -> tirx.PrimFunc:
+    return layer_norm(spec, isa).with_attr(OVERWRITES, 0)
 
 
 def _kernel_name(spec: DenseSpec) -> str:

@@ -37,6 +37,15 @@ def test_a_residual_stays_where_it_is_until_it_is_read():
     assert (run(batch, False) == first).all()  # from memory full of the values of the last call, or of 0xA5
 
 
+def test_a_residual_is_overwritten_by_the_sum_and_the_sum_by_its_norm():
+    """So one stretch of float32 tiles does for all layers."""
+    module = lowered(lambda b: encoder_layer(b, 64, 2, 128))
+    assembled = assemble(module.module, [0] * len(module.weights))
+    tiles, quads = 64 * 16 * 4, 64 * 16
+    # At most at once: the residual, the layer's input, its Q, K and V.
+    assert assembled.workspace.per_tile == tiles + 5 * quads
+
+
 def test_a_kernel_is_there_once():
     def twice(b):
         return b.dense(b.dense(b.dense(b.embed(64), 64, "one"), 64, "two"), 64, "three")

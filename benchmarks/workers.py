@@ -94,5 +94,6 @@ class Worker:
     def _last_words(self) -> str:
         """Why it died, as far as it said."""
         code = self.process.wait()
+        ending = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"ended with {code}: " + " | ".join(lines[-3:])[-300:]
+        return f"the process ended with {ending}; the last it said: {' '.join(lines[-1:])[:150]}"

@@ -94,7 +94,7 @@ def outputs(lengths: Sequence[int], plan: Sequence[Sequence[int]], steps: Sequen
     """Run once; float32 (tokens, channels) in the order of the requests, or (requests, channels)."""
     rows: dict[int, Array] = {}
     for part, step in zip(plan, steps, strict=True):
-        result = np.asarray(step(), np.float32)
+        result = np.array(step(), np.float32)  # a copy: engines write their next output to the same memory
         for i, row in zip(part, result, strict=True):
             rows[i] = row[: lengths[i]] if result.ndim == 3 else row[None]
     return np.concatenate([rows[i] for i in range(len(lengths))])

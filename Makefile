@@ -19,6 +19,7 @@ lint: $(VENV)/.installed build/types/whet
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/types $(BIN)/mypy -p whet
+	cd benchmarks && MYPYPATH=../build/types ../$(BIN)/mypy --config-file ../pyproject.toml *.py peers
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -202,7 +202,7 @@ class _Lowering:
             types = [self.tiles_type(var)]
         else:
             types = self.quads_types(var, rows, "quads") if output == "quads" else self.heads_types(var, rows // 3)
-        notes = {READS_ALL_WEIGHTS: True}
+        notes: dict[str, Any] = {READS_ALL_WEIGHTS: True}
         if residual:
             notes[OVERWRITES] = arguments.index(residual[0])
         func = self.kernel(("streaming", spec), lambda: kernel.func.with_attrs(notes))

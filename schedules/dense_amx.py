@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
@@ -26,7 +27,10 @@ LINE = 64
 """Bytes of a cache line."""
 
 NEAR_BYTES = 32 << 10
-"""Weights of a pass that stay in the first-level cache over all tokens."""
+"""Weights that stay in the first-level cache while activations stream past it."""
+
+SPAN_BYTES = 768 << 10
+"""Activations that stay in the second-level cache beside them, about."""
 
 UNIT_BYTES = 144 << 10
 """Weights of a unit of parallel work, about."""
@@ -63,8 +67,9 @@ def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray
 def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
     """Generate the kernel; parameters as in whet.schedules.dense, packed weight as in ``pack``.
 
-    Weights are the outer loop, so that they are read once however many tokens there are. While the tile unit
-    multiplies one block, the vector units finish the block before it: a part of its rows at each step.
+    Every cache level has its part: a *span* of tokens, whose activations stay in the second level, meets all weights
+    of a task in turn; a *chunk* of a pass of weights stays in the first while all token blocks of the span meet it.
+    While the tile unit multiplies one block, the vector units finish the block before it: some rows at each step.
     """
     n, quads, rows, most = spec.out_features, spec.in_features // QUAD, knobs.rows, knobs.tiles
     depth, reduction = _depth(spec), steps(spec)
@@ -73,6 +78,9 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
         raise ValueError(f"knobs are {rows} rows × {most} tiles; AMX has 8 tile registers of 16 rows")
     passes = math.ceil(n / rows)
     per_task = max(1, round(knobs.chunk / rows))
+    tasks = math.ceil(passes / per_task)
+    chunks = math.ceil(rows * spec.in_features / NEAR_BYTES)
+    span = most * max(1, SPAN_BYTES // (spec.in_features * TILE * most))
     registers = _Registers(row_tiles, most)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(f"dense_amx_{n}x{spec.in_features}")
@@ -80,71 +88,96 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
         x = parameter("x", (tiles, quads, TILE, QUAD), "uint8")
         weight = parameter("weight", (passes, reduction, row_tiles, ROWS, depth, QUAD), "int8")
         epilogue = Epilogue.declare(spec, isa, tiles)
-        parts_a_step = math.ceil(rows // epilogue.together / reduction)
+        parts_a_step = math.ceil(rows // epilogue.together / (reduction // chunks))
 
         def step(work: _Work, k: Any, count: int) -> None:
             for r in range(row_tiles):
                 for t in range(count):
-                    # A pass reads all activations, but its weights stay in the first-level cache.
                     if r == 0:
                         at = T.address_of(x[work.block.first_tile + t, k * depth, 0, 0])
                         amx.load(registers.token(t), at, TILE * QUAD, stream=True)
                     if t == 0:
                         at = T.address_of(weight[work.index, k, r, 0, 0, 0])
-                        amx.load(registers.row(r), at, depth * QUAD, stream=rows * spec.in_features > NEAR_BYTES)
+                        amx.load(registers.row(r), at, depth * QUAD)
                     amx.multiply_add("tdpbsud", registers.sum(r, t), registers.row(r), registers.token(t))
 
         def fetch(work: _Work, k: Any) -> None:
-            """Prefetch what the next pass reads at step k: every token block of this one fetches its share of it."""
-            step_bytes = rows * depth * QUAD
-            flat = view(weight, (passes * reduction * step_bytes,), "int8")
-            start = T.Bind((T.cast(work.index, "int64") + 1) * (reduction * step_bytes) + k * step_bytes)
-            with T.serial(T.truncdiv(step_bytes // LINE - work.number + work.of - 1, work.of)) as i:
-                prefetch(flat, start + (work.number + i * work.of) * LINE, level=2)
+            """Prefetch the next chunk: each token block of this one an equal part of it, so that it goes in order."""
+            lines = rows * depth * QUAD // LINE
+            flat = view(weight, (passes * reduction * lines * LINE,), "int8")
+            done = T.Bind(work.number * work.steps + k)
+            begin, end = (T.Bind(T.truncdiv(p * lines, work.of)) for p in (done, done + 1))
+            start = T.Bind(T.cast(work.index * reduction + work.first_step + work.steps, "int64") * (lines * LINE))
+            with T.serial(end - begin) as i:
+                prefetch(flat, start + (begin + i) * LINE, level=2)
 
         def multiply(work: _Work, count: int, before: Block) -> None:
-            for r in range(row_tiles):
-                for t in range(count):
-                    amx.zero(registers.sum(r, t))
-            with T.serial(reduction) as k:
+            sums = [(registers.sum(r, t), r, t) for r in range(row_tiles) for t in range(count)]
+
+            def at(r: int, t: int) -> Any:
+                return work.block.sums.access_ptr("rw", offset=((work.block.first_sum + t) * rows + r * ROWS) * TILE)
+
+            with T.If(work.first_step == 0):
+                with T.Then():
+                    for register, _, _ in sums:
+                        amx.zero(register)
+                if chunks > 1:
+                    with T.Else():
+                        for register, r, t in sums:
+                            amx.load(register, at(r, t), TILE * 4)
+            with T.serial(work.steps) as k:
                 fetch(work, k)
-                step(work, k, count)
+                step(work, work.first_step + k, count)
                 for i in range(parts_a_step):
                     part = named("part", T.Bind(k * parts_a_step + i))
                     with T.If(part < before.rows // epilogue.together), T.Then():
                         epilogue.emit_part(before, part)
-            for r in range(row_tiles):
-                for t in range(count):
-                    at = before.sums.access_ptr("w", offset=(t * rows + r * ROWS) * TILE)
-                    amx.store(registers.sum(r, t), at, TILE * 4)
+            for register, r, t in sums:
+                amx.store(register, at(r, t), TILE * 4)
 
         with T.sblock("root"):
             T.reads()
             T.writes()
-            blocks = named("blocks", T.Bind(T.cast((tiles + (most - 1)) // most, "int32")))
-            with T.parallel(math.ceil(passes / per_task)) as task:
-                sums = named("sums", T.alloc_buffer((most, rows, TILE), "int32"))
+            spans = named("spans", T.Bind((tiles + (span - 1)) // span))
+            with T.parallel(spans * tasks) as position:
+                # Truncated: floors, which TVM can't prove to be the same here, take seconds to compile.
+                number = named("span", T.Bind(T.truncdiv(position, tasks)))
+                task = named("task", T.Bind(T.cast(T.truncmod(position, tasks), "int32")))
+                first_tile = named("first_tile", T.Bind(T.truncdiv(number * tiles, spans)))
+                # By way of memory: TVM draws conclusions from the expression for seconds.
+                held = T.alloc_buffer((1,), "int64")
+                T.buffer_store(held, T.truncdiv((number + 1) * tiles, spans) - first_tile, [0])
+                length = named("length", T.Bind(held[0]))
+                blocks = named("blocks", T.Bind(T.cast(T.truncdiv(length + (most - 1), most), "int32")))
+                sums = named("sums", T.alloc_buffer((most if chunks == 1 else span, rows, TILE), "int32"))
                 amx.configure(registers.shapes(depth))
-                last = named("last", T.Bind(T.min(per_task, passes - task * per_task) * blocks - 1))
 
                 def work_at(position: Any) -> _Work:
-                    # Truncated: floors, which TVM can't prove to be the same here, take seconds to compile.
-                    index = named("pass", T.Bind(task * per_task + T.truncdiv(position, blocks)))
+                    chunk = T.Bind(T.truncdiv(position, blocks))
                     number = named("token_block", T.Bind(T.truncmod(position, blocks)))
-                    first = named("first_tile", T.Bind(T.truncdiv(T.cast(number, "int64") * tiles, blocks)))
-                    end = T.Bind(T.truncdiv((T.cast(number, "int64") + 1) * tiles, blocks))
-                    first_row = index * rows
+                    index = named("pass", T.Bind(task * per_task + T.truncdiv(chunk, chunks)))
+                    chunk = T.Bind(T.truncmod(chunk, chunks))
+                    first_step, end_step = (T.Bind(T.truncdiv(c * reduction, chunks)) for c in (chunk, chunk + 1))
+                    wide = T.cast(number, "int64")
+                    first, end = (T.Bind(T.truncdiv(i * length, blocks)) for i in (wide, wide + 1))
                     block = Block(
-                        first_row, T.min(rows, n - first_row), first, T.Bind(T.cast(end - first, "int32")), sums
+                        first_row=index * rows,
+                        rows=T.min(rows, n - index * rows),
+                        first_tile=T.Bind(first_tile + first),
+                        tiles=T.Bind(T.cast(end - first, "int32")),
+                        sums=sums,
+                        first_sum=0 if chunks == 1 else number * most,
                     )
-                    return _Work(index, number, blocks, block)
+                    return _Work(index, first_step, T.Bind(end_step - first_step), number, blocks, block)
 
+                last = named("last", T.Bind(T.min(per_task, passes - task * per_task) * chunks * blocks - 1))
                 with T.serial(last + 1) as position:
-                    work, before = work_at(position), work_at(T.max(position - 1, 0)).block
-                    before = replace(before, tiles=T.Bind(T.if_then_else(position == 0, 0, before.tiles)))
+                    work, before = work_at(position), work_at(T.max(position - 1, 0))
+                    finished = tirx.all(position > 0, before.first_step + before.steps == reduction)
+                    ready = replace(before.block, tiles=T.Bind(T.if_then_else(finished, before.block.tiles, 0)))
                     for count in range(1, most + 1):
                         with T.If(work.block.tiles == count), T.Then():
-                            multiply(work, count, before)
+                            multiply(work, count, ready)
                 epilogue.emit(work_at(last).block)
                 amx.release()
     return builder.get()
@@ -152,10 +185,13 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
 
 @dataclass(frozen=True)
 class _Work:
-    """A pass of weights over one token block."""
+    """A chunk of a pass of weights, and a token block."""
 
     index: Any
     """Of the pass."""
+    first_step: Any
+    """Of the reduction, where the chunk begins."""
+    steps: Any
     number: Any
     """Of the token block, of ``of`` blocks."""
     of: Any

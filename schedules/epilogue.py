@@ -67,7 +67,9 @@ class Epilogue:
             for part in range(self.isa.parts):
                 where = (tile, T.ramp(part * lanes, 1, lanes))
                 values = [
-                    self._finished(block.sums[t, i * together + r, where[1]], first + r, constants[r], where)
+                    self._finished(
+                        block.sums[block.first_sum + t, i * together + r, where[1]], first + r, constants[r], where
+                    )
                     for r in range(together)
                 ]
                 self._store(first, where, values)

@@ -78,7 +78,9 @@ class Block:
     first_tile: Any
     tiles: Any
     sums: Any
-    """Buffer ``(tiles, rows, 16)`` of int32 or float32."""
+    """Buffer ``(…, rows, 16)`` of int32 or float32."""
+    first_sum: Any = 0
+    """Where in it the first tile's are."""
 
 
 def named(name: str, value: Any) -> Any:

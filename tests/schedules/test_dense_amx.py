@@ -42,6 +42,17 @@ def test_products_are_exact(n, k):
 
 
 @needs_amx
+@pytest.mark.parametrize("k", [2048, 2176])
+def test_reductions_in_chunks_over_several_spans_of_tokens(k):
+    """Weights exceed the first-level cache, activations the second; 2176 channels are 34 steps, in three chunks."""
+    rng = np.random.default_rng(k)
+    weight = rng.integers(-127, 128, (40, k)).astype(np.int8)
+    spec = DenseSpec(40, k, "i8")
+    for tiles in (1, 2, 23, 24, 25, 73):
+        check(spec, weight, rng.integers(0, 256, (tiles, k, 16)).astype(np.uint8))
+
+
+@needs_amx
 @pytest.mark.parametrize("value", [127, -127, 0])
 def test_extreme_values(value):
     check(DenseSpec(50, 104, "i8"), np.full((50, 104), value, np.int8), np.full((3, 104, 16), 255, np.uint8))

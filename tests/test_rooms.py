@@ -12,6 +12,7 @@ FORBIDDEN = {
     "frontend": ("whet.schedules", "whet.tune", "whet.compiler", "torch", "transformers"),
     "passes": ("whet.frontend", "whet.tune", "whet.compiler", "whet.runtime"),
     "schedules": ("whet.frontend", "whet.passes", "whet.compiler", "whet.runtime", "tvm.relax"),
+    "tune": ("whet.frontend", "whet.passes", "whet.compiler", "torch", "transformers"),
     "runtime": ("tvm", "torch", "transformers", "whet.frontend", "whet.passes", "whet.schedules", "whet.compiler"),
 }
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 _COMPILER_PACKAGES = ("tvm", "onnx", "safetensors")
+_TUNING_PACKAGES = ("xgboost", "psutil", "cloudpickle")
+_TWO_WORDS = ("tune report", "tune merge")
+"""Commands of two words; a model of such a name is ./report."""
 _SOURCE = ("task", "pooling", "tokenizer", "sparsity", "block_rows")
 """Options that say what the model is and what is made of it."""
 _FOR_ENCODERS = ("precision", "calibration", "calibration_method", "activations", "sparsity", "block_rows", "dump_ir")
@@ -56,6 +59,8 @@ class _Names:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if " ".join(arguments[:2]) in _TWO_WORDS:
+        arguments = [" ".join(arguments[:2]), *arguments[2:]]
     debug = "--debug" in arguments or os.environ.get("WHET_DEBUG", "") not in ("", "0")
     try:
         args = _parser().parse_args(arguments)
@@ -81,6 +86,8 @@ def _message(error: Exception) -> str:
     """One line for people."""
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _COMPILER_PACKAGES:
         return f"this needs the compiler ({error.name} is not installed): pip install '.[compile]' in a clone of Whet"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _TUNING_PACKAGES:
+        return f"tuning needs {error.name}, which is not installed: pip install '.[tune]' in a clone of Whet"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split()) or "no message"
@@ -92,7 +99,7 @@ def _message(error: Exception) -> str:
 def _compile(args: argparse.Namespace) -> None:
     import whet  # noqa: PLC0415 -- here and below: a command imports what it needs
 
-    options = _given(args, *_SOURCE, "precision", "isa", "max_length", "dump_ir")
+    options = _given(args, *_SOURCE, "precision", "isa", "max_length", "dump_ir", "records")
     if settings := _given(args, "calibration_method", "activations"):
         given = {name.removeprefix("calibration_"): value for name, value in settings.items()}
         options["quantisation"] = whet.QuantisationConfig(**given)
@@ -233,6 +240,32 @@ def _eval(args: argparse.Namespace) -> None:
     _print(evaluate(load(args.module, args.threads), data, TerminalProgress(), other), args.json)
 
 
+def _tune(args: argparse.Namespace) -> None:
+    from whet.tuning import tune  # noqa: PLC0415
+
+    options = _given(args, *_SOURCE, "isa", "max_length", "trials", "minutes")
+    if args.activations is not None:
+        from whet import QuantisationConfig  # noqa: PLC0415
+
+        options["quantisation"] = QuantisationConfig(method="minmax", activations=args.activations)
+    _print(tune(args.model, args.records, progress=TerminalProgress(), **options), args.json)
+
+
+def _tune_report(args: argparse.Namespace) -> None:
+    from whet.tune.report import report  # noqa: PLC0415
+
+    _print(report(args.records), args.json)
+
+
+def _tune_merge(args: argparse.Namespace) -> None:
+    from whet.tune.records import merge  # noqa: PLC0415
+
+    added = merge(args.into, args.sources)
+    print(
+        json.dumps(added) if args.json else "\n".join(f"{name}: {count} records added" for name, count in added.items())
+    )
+
+
 def _print(result: Any, as_json: bool) -> None:
     print(result.to_json() if as_json else result)
 
@@ -260,6 +293,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(command("explain", _explain, "show which layers run how, and why"))
     _add_bench(command("bench", _bench, "time a compiled module, beside the same model in other engines"))
     _add_eval(command("eval", _eval, "score a compiled module on labelled data"))
+    _add_tune(
+        command("tune", _tune, "search the best settings of a model's kernels on this CPU, for compile --records")
+    )
+    sub = command("tune report", _tune_report, "show what tuning gained, kernel by kernel")
+    sub.add_argument("records", metavar="DIR", help="folder that whet tune wrote")
+    sub = command("tune merge", _tune_merge, "add records of other folders to one")
+    sub.add_argument("into", metavar="DIR", help="the folder that they are added to")
+    sub.add_argument("sources", metavar="FROM", nargs="+", help="folders that whet tune wrote")
     return parser
 
 
@@ -282,6 +323,7 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
     )
     _add_source(sub)
     sub.add_argument("--max-length", metavar="TOKENS", type=_positive, help="a shorter limit than the model's own")
+    sub.add_argument("--records", metavar="DIR", help="folder that whet tune wrote: use the settings that it found")
     quantisation = sub.add_argument_group("int8")
     quantisation.add_argument(
         "--calibration",
@@ -295,14 +337,36 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
         choices=_Names("whet.passes.calibrate", "Method"),
         help="how ranges are chosen: %(choices)s; default mse",
     )
-    quantisation.add_argument(
+    _add_activations(quantisation)
+    sub.add_argument("--explain", action="store_true", help="print the decision for every layer")
+    sub.add_argument("--dump-ir", metavar="DIR", help="write the graph after each pass, for people who work on Whet")
+
+
+def _add_tune(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", help="Hugging Face folder (config.json, safetensors) or .onnx file")
+    sub.add_argument("--records", metavar="DIR", required=True, help="folder to keep what is found; it can be shared")
+    sub.add_argument(
+        "--trials", metavar="N", type=_positive, help="settings to measure over all kernels, with those on record"
+    )
+    sub.add_argument("--minutes", metavar="M", type=float, help="time to search; --trials, --minutes, or both")
+    sub.add_argument(
+        "--isa",
+        metavar="ISA",
+        choices=_Names("whet.schedules.isa", "ISAS", "host"),
+        help="instruction set to tune for: %(choices)s; default host, the best of this machine",
+    )
+    _add_source(sub)
+    sub.add_argument("--max-length", metavar="TOKENS", type=_positive, help="as for compile")
+    _add_activations(sub)
+
+
+def _add_activations(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
         "--activations",
         choices=["static", "per_token"],
         help="per token: inputs that come from a layer norm have a scale per token (default, closer to fp32); "
         "static: one calibrated scale per layer (about 1 %% faster)",
     )
-    sub.add_argument("--explain", action="store_true", help="print the decision for every layer")
-    sub.add_argument("--dump-ir", metavar="DIR", help="write the graph after each pass, for people who work on Whet")
 
 
 def _add_source(sub: argparse.ArgumentParser) -> None:

@@ -25,11 +25,13 @@ from whet.link import Blob, find_compiler, write_module
 from whet.passes.assemble import assemble
 from whet.passes.choose_kernels import Choice
 from whet.passes.dialect import Pooling, shape_of
+from whet.passes.lower import untuned
 from whet.passes.pipeline import Compiled, Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
 from whet.progress import Progress, Silent
 from whet.runtime.metadata import Metadata, Output, Weight
 from whet.schedules.isa import ISAS, Isa, host_isa
+from whet.tune.records import TunedKnobs
 
 Precision: TypeAlias = Literal["int8", "fp32"]
 Text: TypeAlias = "str | tuple[str, str]"
@@ -90,6 +92,7 @@ def compile(
     block_rows: int = 4,
     max_length: int | None = None,
     dump_ir: str | PathLike[str] | None = None,
+    records: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Compile a transformer encoder to one loadable ``.so``.
@@ -109,6 +112,7 @@ def compile(
         block_rows: height R of the R × 4 blocks of ``sparsity``.
         max_length: shorter limit for a request than the model's, in tokens.
         dump_ir: folder for the module after each pass.
+        records: folder that ``whet tune`` wrote: kernels take the settings that it found best.
         progress: told of every phase.
 
     Returns:
@@ -116,7 +120,7 @@ def compile(
 
     Raises:
         ValueError: an argument or the source can't be compiled; the message names the value and what was expected.
-        FileNotFoundError: no such source or output folder, or no C compiler.
+        FileNotFoundError: no such source, output folder or folder of records, or no C compiler.
 
     """
     if precision not in get_args(Precision):
@@ -130,14 +134,15 @@ def compile(
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"the folder {output.parent} does not exist; create it, or name another output")
     find_compiler()
+    tuned = TunedKnobs(records, targets) if records is not None else None
     clock = _Clock(progress or Silent())
 
     with clock.phase("import"):
         model = import_model(source, task=task, pooling=pooling, tokenizer=tokenizer)
-        limit = _length_limit(model, max_length)
+        limit = length_limit(model, max_length)
     notes = model.notes
     if not model.dialect:
-        notes += _without_effect(precision, calibration, quantisation, sparsity, dump_ir)
+        notes += _without_effect(precision, calibration, quantisation, sparsity, dump_ir, records)
         precision = "fp32"
         if len(targets) > 1:
             targets = [ISAS["avx2"]]
@@ -153,9 +158,13 @@ def compile(
             sparsity=sparsity,
             block_rows=block_rows,
             dump_ir=Path(dump_ir) if dump_ir is not None else None,
+            tuned=tuned or untuned,
         )
         compiled = run_pipeline(model.module, options, requests, token_types, clock)
         layers = [tuple(variant.choices) for variant in compiled]
+        if tuned is not None:
+            notes += tuned.notes()
+            describe = partial(_metadata, model, notes, precision, limit)
         with clock.phase("6 assemble"):
             entries = [f"main_{target.name}" for target in targets] if len(targets) > 1 else ["main"]
             built = [_assemble(*each, weights, describe) for each in zip(compiled, targets, entries, strict=True)]
@@ -245,6 +254,7 @@ def _without_effect(
     quantisation: object,
     sparsity: float,
     dump_ir: object,
+    records: object,
 ) -> tuple[str, ...]:
     """A note on what was asked for and is not done, for a model that was not recognised."""
     given = {
@@ -253,12 +263,14 @@ def _without_effect(
         "quantisation": quantisation is not None,
         f"sparsity={sparsity}": sparsity > 0,
         "dump_ir": dump_ir is not None,
+        "records": records is not None,
     }
     names = [name for name, is_given in given.items() if is_given]
     return (f"Without effect, because the model runs as plain fp32 operators: {', '.join(names)}.",) if names else ()
 
 
-def _length_limit(model: Model, max_length: int | None) -> int:
+def length_limit(model: Model, max_length: int | None) -> int:
+    """Most tokens of a request: the model's limit or a shorter one; ValueError if that is out of range."""
     if max_length is None:
         return model.max_length
     if not 2 <= max_length <= model.max_length:

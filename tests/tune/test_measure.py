@@ -1,0 +1,67 @@
+"""Builds and runs for real, in this process and in MetaSchedule's workers."""
+
+import numpy as np
+import pytest
+import tvm
+from laboratory import ISAS, Instance
+
+from whet.progress import Silent
+from whet.schedules.attention import AttentionSpec
+from whet.schedules.dense import DenseSpec
+from whet.schedules.isa import cpu_flags
+from whet.tune.arguments import make_arguments
+from whet.tune.measure import Experiment, build, evaluate, read_label, unpack
+from whet.tune.metaschedule import workload
+from whet.tune.records import Records
+from whet.tune.search import Laboratory, tune
+from whet.tune.space import space
+
+AVX2 = ISAS["avx2"]
+pytestmark = pytest.mark.skipif(not cpu_flags().issuperset(AVX2.cpu_flags), reason="this CPU lacks AVX2")
+
+KERNELS = [
+    DenseSpec(12, 8, "i8", per_token=True, output="heads"),
+    DenseSpec(16, 16, "i8_sparse", activation="gelu", output="quads"),
+    DenseSpec(5, 6, "f32", residual=True),
+    AttentionSpec(1, 16, "i8", 32),
+    AttentionSpec(1, 16, "f32", 32),
+]
+
+
+@pytest.mark.parametrize("spec", KERNELS, ids=str)
+def test_variants_are_timed_for_each_token_count(spec, tmp_path):
+    instance = Instance.of(spec, AVX2, 0.5)
+    other = instance.knobs(next(iter(space(instance))))
+    experiment = Experiment(instance, (instance.default_knobs(), other), 2)
+    stand_in = workload(instance)["main"].with_attr("whet.experiment", experiment.to_json())
+    build(tvm.IRModule({"main": stand_in}), tvm.target.Target(AVX2.target)).export_library(str(tmp_path / "m.so"))
+    module = tvm.runtime.load_module(str(tmp_path / "m.so"))
+    assert read_label(module) == experiment
+    seconds = unpack(evaluate(module, None, None, None), experiment)
+    assert seconds.shape == (len(instance.tokens), 2, 2)
+    assert (seconds > 0).all() and (seconds < 0.1).all()
+
+
+def test_weights_have_the_density_of_the_layer():
+    instance = Instance.of(DenseSpec(256, 256, "i8_sparse"), AVX2, 0.2)
+    *_, blocks = make_arguments(instance, instance.default_knobs(), 16).weights
+    assert np.any(blocks, axis=(1, 2)).sum() / (64 * 64) == pytest.approx(0.2, abs=0.02)
+
+
+def test_arrays_start_on_cache_lines():
+    arguments = make_arguments(
+        Instance.of(DenseSpec(7, 8, "i8"), AVX2), Instance.of(KERNELS[0], AVX2).default_knobs(), 20
+    )
+    for array in (*arguments.before, *arguments.weights, *arguments.after):
+        assert array.ctypes.data % 64 == 0
+    assert arguments.before[0].shape == (2, 2, 16, 4)
+
+
+def test_a_real_job(tmp_path):
+    instance = Instance.of(DenseSpec(64, 32, "i8"), AVX2)
+    records = Records.open(tmp_path, AVX2)
+    found = tune({instance: 1}, records, Silent(), trials=2, laboratory=Laboratory.local())
+    tried = records.measured(instance)
+    assert len(tried) == 2 and all(r.ratios and r.seconds for r in tried.values())
+    assert found[instance].settled and max(found[instance].ratios) < 1.1
+    assert Records.open(tmp_path, AVX2).settled(instance).knobs == found[instance].knobs

@@ -1,0 +1,127 @@
+"""Tune the kernels of a model: what ``whet tune`` runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from whet.compiler import import_model, length_limit
+from whet.passes.pipeline import Options, run_pipeline
+from whet.passes.quantise import QuantisationConfig
+from whet.progress import Progress, Silent
+from whet.schedules import isa as isas
+from whet.tune.instance import Instance
+from whet.tune.records import Records
+from whet.tune.report import TuningReport, report_records
+
+if TYPE_CHECKING:
+    from whet.frontend.model import Model
+
+
+def kernel_instances(
+    model: Model,
+    target: isas.Isa,
+    *,
+    quantisation: QuantisationConfig | None = None,
+    sparsity: float = 0.0,
+    block_rows: int = 4,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+) -> Counter[Instance]:
+    """Every kernel with knobs that an int8 compilation of ``model`` uses, with the count of its uses.
+
+    ``quantisation`` decides between per-token and static scales, which are different kernels. The counter is empty for
+    a model that was not recognised as an encoder.
+    """
+    found: Counter[Instance] = Counter()
+
+    def note(spec: Any, isa: isas.Isa, density: float) -> None:
+        found[Instance.of(spec, isa, density)] += 1
+
+    if model.dialect:
+        options = Options(
+            isas=(target,),
+            max_length=length_limit(model, max_length),
+            quantisation=quantisation or QuantisationConfig(method="minmax"),
+            sparsity=sparsity,
+            block_rows=block_rows,
+            tuned=note,
+        )
+        # Scales do not change kernels, so one short request is calibration enough.
+        request = [np.zeros(4, np.int64)]
+        run_pipeline(model.module, options, request, request, progress or Silent())
+    return found
+
+
+def tune(
+    source: str | PathLike[str] | object,
+    records: str | PathLike[str],
+    *,
+    trials: int | None = None,
+    minutes: float | None = None,
+    isa: str = "host",
+    task: Any = None,
+    pooling: Any = None,
+    tokenizer: Any = None,
+    quantisation: QuantisationConfig | None = None,
+    sparsity: float = 0.0,
+    block_rows: int = 4,
+    max_length: int | None = None,
+    seed: int = 1,
+    progress: Progress | None = None,
+) -> TuningReport:
+    """Search the best settings of every kernel of a model on this machine, and keep them in the folder ``records``.
+
+    ``whet.compile(…, records=records)`` with the same options then uses them. The job can be interrupted at any moment
+    and called again: what was measured is kept, and counts.
+
+    Args:
+        source: the model.
+        records: the folder; made if it does not exist.
+        trials: settings to measure over all kernels, with those that the folder has.
+        minutes: time to search; with both, whichever ends first.
+        isa: one instruction set that this machine has.
+        task: as all up to ``max_length``, what ``whet.compile`` is given for the same model.
+        pooling: so too.
+        tokenizer: so too.
+        quantisation: so too.
+        sparsity: so too.
+        block_rows: so too.
+        max_length: so too.
+        seed: of the search.
+        progress: told of every phase.
+
+    Returns:
+        What was gained, for the kernels of this model.
+
+    Raises:
+        ValueError: an argument is wrong, no budget is given, or no encoder was recognised.
+        RuntimeError: not one candidate could be measured.
+        ModuleNotFoundError: xgboost, psutil or cloudpickle is not installed.
+
+    """
+    from whet.tune import search  # noqa: PLC0415 -- needs packages that compiling does not
+
+    target = isas.host_isa() if isa == "host" else isas.isa(isa)
+    if missing := sorted(set(target.cpu_flags) - isas.cpu_flags()):
+        raise ValueError(f"isa is {isa!r}, but this CPU lacks {', '.join(missing)}: tune on a machine that has them")
+    progress = progress or Silent()
+    with progress.phase("import"):
+        model = import_model(source, task=task, pooling=pooling, tokenizer=tokenizer)
+    instances = kernel_instances(
+        model,
+        target,
+        quantisation=quantisation,
+        sparsity=sparsity,
+        block_rows=block_rows,
+        max_length=max_length,
+        progress=progress,
+    )
+    Path(records).mkdir(parents=True, exist_ok=True)
+    opened = Records.open(records, target)
+    search.tune(instances, opened, progress, trials=trials, minutes=minutes, seed=seed)
+    return report_records([opened], list(instances))

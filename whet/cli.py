@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _COMPILER_PACKAGES = ("tvm", "onnx", "safetensors")
 _TUNING_PACKAGES = ("xgboost", "psutil", "cloudpickle")
-_TWO_WORDS = ("tune report", "tune merge")
-"""Commands of two words; a model of such a name is ./report."""
 _SOURCE = ("task", "pooling", "tokenizer", "sparsity", "block_rows")
 """Options that say what the model is and what is made of it."""
 _FOR_ENCODERS = ("precision", "calibration", "calibration_method", "activations", "sparsity", "block_rows", "dump_ir")
@@ -56,11 +54,19 @@ class _Names:
             return iter(["names that the compiler knows"])
 
 
+class _Parser(argparse.ArgumentParser):
+    """Knows commands of two words; a model of such a name is ./report."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = list(sys.argv[1:] if args is None else args)
+        if " ".join(args[:2]) in ("tune report", "tune merge"):
+            args[:2] = [" ".join(args[:2])]
+        return super().parse_known_args(args, namespace)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if " ".join(arguments[:2]) in _TWO_WORDS:
-        arguments = [" ".join(arguments[:2]), *arguments[2:]]
     debug = "--debug" in arguments or os.environ.get("WHET_DEBUG", "") not in ("", "0")
     try:
         args = _parser().parse_args(arguments)
@@ -271,14 +277,16 @@ def _print(result: Any, as_json: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="whet",
         description="Compiles a transformer encoder into one .so that runs on a CPU as block-sparse int8.",
         epilog="Exit codes: 0 done, 1 it can't be done (one line says why), 2 wrong usage, 130 interrupted. "
         "WHET_DEBUG=1, or --debug, adds the traceback.",
     )
     parser.add_argument("--version", action="version", version=f"whet {version('whet')}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
+    )
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")

@@ -29,6 +29,8 @@ ROUNDS = 7
 """Turns of a candidate and the default in one trial."""
 BATCH = 8
 """Trials of a kernel between two updates of the cost model."""
+TOGETHER = 4
+"""Candidates that are built, and timed in turns, with one default."""
 SETTLE_ROUNDS = 25
 FINALISTS = 3
 SLOWER = 1.02
@@ -104,40 +106,16 @@ class _Job:
     done: int = 0
     stopped: BaseException | None = None
     """What ended the search; TVM passes an exception on, but not its type."""
-    built: dict[str, Experiment] = field(default_factory=dict)
-    known: dict[str, Record] = field(default_factory=dict)
-    """Records that answer for an experiment, by the path that stands for what was built."""
+    asked: dict[str, tuple[Instance, Knobs]] = field(default_factory=dict)
+    """Candidates by the path that stands for them in MetaSchedule's eyes."""
+    built: dict[tuple[Instance, Knobs], tuple[Experiment, ms.builder.BuilderResult]] = field(default_factory=dict)
 
     def build(self, inputs: list[ms.builder.BuilderInput]) -> list[ms.builder.BuilderResult]:
         try:
-            return self.results(inputs)
+            return [ms.builder.BuilderResult(path, None) for path in self.prepare([each.mod for each in inputs])]
         except BaseException as stopped:
             self.stopped = stopped
             raise
-
-    def results(self, inputs: list[ms.builder.BuilderInput]) -> list[ms.builder.BuilderResult]:
-        """Build what no record answers for."""
-        experiments = []
-        for each in inputs:
-            instance = metaschedule.instance_of(each.mod)
-            knobs = instance.knobs(metaschedule.knob_values(each.mod))
-            experiments.append(Experiment(instance, (instance.default_knobs(), knobs), ROUNDS))
-        recorded = [self.records.measured(e.instance).get(e.variants[1]) for e in experiments]
-        fresh = iter(self.laboratory.build([e for e, r in zip(experiments, recorded, strict=True) if r is None]))
-        results = []
-        for experiment, record in zip(experiments, recorded, strict=True):
-            if record is not None:
-                path = f"record {len(self.known)}"
-                self.known[path] = record
-                results.append(ms.builder.BuilderResult(path, None))
-                continue
-            result = next(fresh)
-            if result.artifact_path is None:
-                self.keep(experiment, None, str(result.error_msg))
-            else:
-                self.built[str(result.artifact_path)] = experiment
-            results.append(result)
-        return results
 
     def run(self, inputs: list[ms.runner.RunnerInput]) -> list[Any]:
         try:
@@ -146,27 +124,57 @@ class _Job:
             self.stopped = stopped
             raise
 
-    def result(self, path: str) -> Record:
-        if path in self.known:
-            return self.known.pop(path)
-        if self.trials is not None and self.done >= self.trials:
-            raise _BudgetSpent
-        if self.done and self.deadline is not None and time.monotonic() > self.deadline:
-            raise _BudgetSpent
-        experiment = self.built.pop(path)
-        return self.keep(experiment, *self.laboratory.run(experiment, path))
+    def prepare(self, modules: list[tvm.IRModule]) -> list[str]:
+        """Build what no record answers for, several candidates with one default; returns the path of each."""
+        asked = []
+        for module in modules:
+            instance = metaschedule.instance_of(module)
+            asked.append((instance, instance.knobs(metaschedule.knob_values(module))))
+        fresh: dict[Instance, list[Knobs]] = {}
+        left = len(asked) if self.trials is None else self.trials - self.done
+        for instance, knobs in [a for a in asked if a[1] not in self.records.measured(a[0])][:left]:
+            fresh.setdefault(instance, []).append(knobs)
+        experiments = [
+            Experiment(instance, (instance.default_knobs(), *knobs[start : start + TOGETHER]), ROUNDS)
+            for instance, knobs in fresh.items()
+            for start in range(0, len(knobs), TOGETHER)
+        ]
+        for experiment, result in zip(experiments, self.laboratory.build(experiments), strict=True):
+            self.built.update({(experiment.instance, k): (experiment, result) for k in experiment.variants[1:]})
+        paths = [f"trial {len(self.asked) + i}" for i in range(len(asked))]
+        self.asked.update(zip(paths, asked, strict=True))
+        return paths
 
-    def keep(self, experiment: Experiment, seconds: np.ndarray[Any, Any] | None, error: str) -> Record:
-        """Write down what came of a trial."""
-        instance, (_, knobs) = experiment.instance, experiment.variants
-        if seconds is None:
-            record = Record(instance, knobs, (), error=" ".join(error.split())[-300:])
-        else:
-            record = Record(instance, knobs, ratios(seconds)[1], default_seconds(seconds))
-        self.records.add(record)
-        self.done += 1
-        self.advance(self.done)
-        return record
+    def result(self, path: str) -> Record:
+        """Answer for a candidate from the records, or by measuring it."""
+        instance, knobs = self.asked[path]
+        if knobs not in self.records.measured(instance):
+            if self.trials is not None and self.done >= self.trials:
+                raise _BudgetSpent
+            if self.done and self.deadline is not None and time.monotonic() > self.deadline:
+                raise _BudgetSpent
+            self.measure(*self.built.pop((instance, knobs)))
+        return self.records.measured(instance)[knobs]
+
+    def measure(self, experiment: Experiment, built: ms.builder.BuilderResult) -> None:
+        """Time an experiment and write down what came of each candidate."""
+        instance, (default, *candidates) = experiment.instance, experiment.variants
+        seconds, error = None, str(built.error_msg)
+        if built.artifact_path is not None:
+            seconds, error = self.laboratory.run(experiment, str(built.artifact_path))
+        if seconds is None and len(candidates) > 1:  # one has spoilt it for all: each by itself
+            alone = [Experiment(instance, (default, knobs), ROUNDS) for knobs in candidates]
+            for each, result in zip(alone, self.laboratory.build(alone), strict=True):
+                self.measure(each, result)
+            return
+        for i, knobs in enumerate(candidates, 1):
+            if seconds is None:
+                record = Record(instance, knobs, (), error=" ".join(error.split())[-300:])
+            else:
+                record = Record(instance, knobs, ratios(seconds)[i], default_seconds(seconds))
+            self.records.add(record)
+            self.done += 1
+            self.advance(self.done)
 
 
 @derived_object
@@ -301,11 +309,8 @@ def _search(instances: Mapping[Instance, int], job: _Job, seed: int) -> None:
 def _measure_defaults(instances: Iterable[Instance], job: _Job) -> dict[Instance, float]:
     """Seconds that the default takes, over all token counts: the first trial of each instance; 0 if it can't run."""
     defaults = {i: i.default_knobs() for i in instances}
-    schedules = [metaschedule.schedule_of(i, knobs).mod for i, knobs in defaults.items()]
-    results = job.build([ms.builder.BuilderInput(module, None) for module in schedules])
-    for result in results:
-        if result.artifact_path is not None:
-            job.result(str(result.artifact_path))
+    for path in job.prepare([metaschedule.schedule_of(i, knobs).mod for i, knobs in defaults.items()]):
+        job.result(path)
     return {i: sum(job.records.measured(i)[knobs].seconds) for i, knobs in defaults.items()}
 
 

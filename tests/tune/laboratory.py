@@ -38,7 +38,7 @@ class ComputedTimes:
 
     def run(self, experiment, path):
         assert Path(path).parent.name == str(id(experiment))
-        if len(self.ran) == self.stop_after:
+        if self.stop_after is not None and len(self.ran) >= self.stop_after:
             raise KeyboardInterrupt
         self.ran += [(experiment.instance, knobs) for knobs in experiment.variants[1:]]
         if any(self.fails(knobs) for knobs in experiment.variants[1:]):

@@ -22,6 +22,7 @@ from whet.runtime.cpu import request_amx
 from whet.schedules.gemm import parameter
 from whet.tune.arguments import make_arguments
 from whet.tune.instance import Instance, Knobs, generate
+from whet.tune.records import generator_version
 
 LABEL_BYTES = 8192
 FAR_BYTES = 4 << 20
@@ -42,13 +43,22 @@ class Experiment:
 
     def to_json(self) -> str:
         """One line of JSON from which ``from_json`` makes an equal experiment."""
-        variants = [asdict(knobs) for knobs in self.variants]
-        return json.dumps({"kernel": self.instance.to_json(), "variants": variants, "rounds": self.rounds})
+        value = {
+            "version": generator_version(),
+            "kernel": self.instance.to_json(),
+            "variants": [asdict(knobs) for knobs in self.variants],
+            "rounds": self.rounds,
+        }
+        return json.dumps(value)
 
     @staticmethod
     def from_json(text: str) -> Experiment:
-        """Read what ``to_json`` wrote."""
+        """Read what ``to_json`` wrote. ValueError if that was a process with other kernel generators."""
         value = json.loads(text)
+        if value["version"] != generator_version():
+            raise ValueError(
+                "the kernel generators of a worker are not those of the job: were they edited? Start again"
+            )
         instance = Instance.from_json(value["kernel"])
         return Experiment(instance, tuple(instance.knobs(v) for v in value["variants"]), value["rounds"])
 

@@ -42,6 +42,15 @@ def test_variants_are_timed_for_each_token_count(spec, tmp_path):
     assert (seconds > 0).all() and (seconds < 0.1).all()
 
 
+def test_workers_with_other_generators_refuse(monkeypatch):
+    instance = Instance.of(KERNELS[0], AVX2)
+    text = Experiment(instance, (instance.default_knobs(),), 2).to_json()
+    assert Experiment.from_json(text).instance == instance
+    monkeypatch.setattr("whet.tune.measure.generator_version", lambda: "other")
+    with pytest.raises(ValueError, match="generators"):
+        Experiment.from_json(text)
+
+
 def test_weights_have_the_density_of_the_layer():
     instance = Instance.of(DenseSpec(256, 256, "i8_sparse"), AVX2, 0.2)
     *_, blocks = make_arguments(instance, instance.default_knobs(), 16).weights

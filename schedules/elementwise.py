@@ -108,6 +108,16 @@ def token_range(low: Any, high: Any, isa: Isa) -> tuple[Any, Any, Any]:
     return scale, inverse, T.Bind(T.min(zero, splat(255.0, lanes)))
 
 
+def widen(low: Any, high: Any, rows: Sequence[Any]) -> None:
+    """Let the registers ``low`` and ``high`` hold the extremes of ``rows``, a quad of vectors, too.
+
+    The four are compared first, so that the registers, each waiting for its last value, change once in a quad.
+    """
+    for register, extreme in ((low, T.min), (high, T.max)):
+        a, b, c, d = rows
+        T.buffer_store(register, extreme(register[0], extreme(extreme(a, b), extreme(c, d))), [0])
+
+
 def quantize_tokens(
     x: Any, low: Any, high: Any, *, quads: Any, token_params: Any, tile: Any, part: Any, isa: Isa
 ) -> None:
@@ -161,9 +171,8 @@ def _quantize(spec: QuantizeSpec, isa: Isa, x: Any, tiles: Any) -> None:
                 low, high = isa.register("float32"), isa.register("float32")
                 for register in (low, high):
                     T.buffer_store(register, splat(0.0, lanes), [0])
-                with T.serial(spec.channels) as c:
-                    T.buffer_store(low, T.min(low[0], x[tile, c, at]), [0])
-                    T.buffer_store(high, T.max(high[0], x[tile, c, at]), [0])
+                with T.serial(spec.channels // QUAD) as quad:
+                    widen(low, high, [T.Bind(x[tile, quad * QUAD + i, at]) for i in range(QUAD)])
                 quantize_tokens(
                     x, low[0], high[0], quads=quads, token_params=token_params, tile=tile, part=part, isa=isa
                 )

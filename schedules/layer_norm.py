@@ -22,6 +22,7 @@ from whet.schedules.elementwise import (
     lanes_of,
     quantize_rows,
     quantize_tokens,
+    widen,
     words,
 )
 from whet.schedules.gemm import named, parameter
@@ -111,10 +112,8 @@ class Norm:
             low, high = isa.register("float32"), isa.register("float32")
             for register in (low, high):
                 T.buffer_store(register, splat(0.0, lanes), [0])
-            with T.serial(spec.channels) as c:
-                y = normalized(c)
-                T.buffer_store(low, T.min(low[0], y), [0])
-                T.buffer_store(high, T.max(high[0], y), [0])
+            with T.serial(spec.channels // QUAD) as quad:
+                widen(low, high, [normalized(quad * QUAD + i) for i in range(QUAD)])
             of_tile = {"quads": quads, "token_params": self.token_params, "tile": tile, "part": part}
             quantize_tokens(self.h, low[0], high[0], **of_tile, isa=isa)
         else:

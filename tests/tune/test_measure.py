@@ -1,19 +1,18 @@
-"""Builds and runs for real, in this process and in MetaSchedule's workers."""
+"""What workers do, in this process, and a worker that dies."""
 
 import numpy as np
 import pytest
 import tvm
 from laboratory import ISAS, Instance
+from tvm.s_tir import meta_schedule as ms
 
-from whet.progress import Silent
 from whet.schedules.attention import AttentionSpec
 from whet.schedules.dense import DenseSpec
 from whet.schedules.isa import cpu_flags
 from whet.tune.arguments import make_arguments
-from whet.tune.measure import Experiment, build, evaluate, read_label, unpack
+from whet.tune.measure import Experiment, allocate_nothing, build, evaluate, read_label, unpack
 from whet.tune.metaschedule import workload
-from whet.tune.records import Records
-from whet.tune.search import Laboratory, tune
+from whet.tune.search import Laboratory
 from whet.tune.space import space
 
 AVX2 = ISAS["avx2"]
@@ -66,11 +65,28 @@ def test_arrays_start_on_cache_lines():
     assert arguments.before[0].shape == (2, 2, 16, 4)
 
 
-def test_a_real_job(tmp_path):
-    instance = Instance.of(DenseSpec(64, 32, "i8"), AVX2)
-    records = Records.open(tmp_path, AVX2)
-    found = tune({instance: 1}, records, Silent(), trials=2, laboratory=Laboratory.local())
-    tried = records.measured(instance)
-    assert len(tried) == 2 and all(r.ratios and r.seconds for r in tried.values())
-    assert found[instance].settled and max(found[instance].ratios) < 1.1
-    assert Records.open(tmp_path, AVX2).settled(instance).knobs == found[instance].knobs
+def test_a_worker_that_dies_fails_its_trial_only(tmp_path):
+    instance = Instance.of(DenseSpec(8, 8, "i8"), AVX2)
+    experiment = Experiment(instance, (instance.default_knobs(),), 1)
+    stand_in = workload(instance)["main"].with_attr("whet.experiment", experiment.to_json())
+    kernel = build(tvm.IRModule({"main": stand_in}), tvm.target.Target(AVX2.target))
+    mark = tmp_path / "died"
+
+    def die_once(*_):
+        import os  # noqa: PLC0415 -- runs in a worker
+        import signal  # noqa: PLC0415
+
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [1e-6] * 4
+
+    runner = ms.runner.LocalRunner(timeout_sec=60, f_alloc_argument=allocate_nothing, f_run_evaluator=die_once)
+    laboratory = Laboratory(ms.builder.LocalBuilder(max_workers=1), runner)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        kernel.export_library(str(tmp_path / name / "m.so"))
+    assert laboratory.run(experiment, str(tmp_path / "first" / "m.so"))[0] is None
+    seconds, error = laboratory.run(experiment, str(tmp_path / "second" / "m.so"))
+    assert seconds.shape == (4, 1, 1) and not error
+    assert not (tmp_path / "second").exists()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
-from whet.schedules import dense_amx, dense_f32, dense_i8, sparse_i8
 from whet.schedules.attention import AttentionKnobs, AttentionSpec, attention
 from whet.schedules.dense import DenseSpec, dense
 from whet.schedules.gemm import Blocking
@@ -68,10 +68,7 @@ class Instance:
 
     def default_knobs(self) -> Knobs:
         """What an untuned compilation takes."""
-        target = isa(self.isa)
-        if isinstance(self.spec, AttentionSpec):
-            return AttentionKnobs.default(self.spec, target)
-        return family(self.spec, target).default_knobs(self.spec, target)  # type: ignore[no-any-return]
+        return _default_knobs(self.spec, isa(self.isa))
 
     def __str__(self) -> str:
         if isinstance(self.spec, AttentionSpec):
@@ -92,11 +89,11 @@ def key(instance: Instance) -> str:
     return json.dumps(instance.to_json(), sort_keys=True)
 
 
-def family(spec: DenseSpec, target: Isa) -> Any:
-    """The module of ``whet.schedules`` that makes the kernel of a dense layer."""
-    if dense_amx.supports(spec, target):
-        return dense_amx
-    return {"f32": dense_f32, "i8": dense_i8, "i8_sparse": sparse_i8}[spec.weight]
+@cache
+def _default_knobs(spec: Spec, target: Isa) -> Knobs:
+    if isinstance(spec, AttentionSpec):
+        return AttentionKnobs.default(spec, target)
+    return dense(spec, target).knobs  # generates the kernel, too: only ``dense`` knows which family makes it
 
 
 def generate(instance: Instance, knobs: Knobs) -> Any:

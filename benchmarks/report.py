@@ -204,13 +204,11 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
             left = [x + i * width - 0.4 for x in range(len(ratios))]
             axis.bar(left, bars, width, align="edge", label=name, color=f"C{i}")
         axis.axhline(1, color="black", linewidth=1)
-        axis.set(title=f"{shape}, {zeros}", yscale="log", ylabel="time / Whet's", xticks=range(len(ratios)))
+        axis.set(title=f"{shape}, {zeros}", ylabel="times as long as Whet", xticks=range(len(ratios)))
         axis.set_xticklabels(list(ratios), fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(
-        f"{document['machine']['cpu']}, threads: {document['threads']}. Black: Whet; the scale is logarithmic"
-    )
+    figure.suptitle(f"{document['machine']['cpu']}, threads: {document['threads']}. The line at 1 is Whet")
     figure.tight_layout()
     figure.savefig(path)
 

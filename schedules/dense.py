@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.schedules import dense_amx, dense_f32, dense_i8, sparse_i8
-from whet.schedules.dense_spec import BLOCK_ROWS, DenseSpec, Output, Weight
+from whet.schedules import dense_amx, dense_f32, dense_i8, sparse_i8, sparse_low_i8
+from whet.schedules.dense_spec import BLOCK_ROWS, QUAD, DenseSpec, Output, Weight
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import Isa
 
-__all__ = ["BLOCK_ROWS", "DenseKernel", "DenseSpec", "Output", "Weight", "dense"]
+__all__ = ["BLOCK_ROWS", "DenseKernel", "DenseSpec", "Output", "Weight", "dense", "family_of"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,18 @@ class DenseKernel:
     """From a weight (N, K), float32 or int8, to the packed arrays in the order that ``func`` takes them."""
 
 
+def family_of(spec: DenseSpec, isa: Isa) -> Any:
+    """Return the module that makes kernels for such layers: it has ``default_knobs``, ``pack`` and ``kernel``."""
+    if dense_amx.supports(spec, isa):
+        return dense_amx
+    if spec.weight == "i8_sparse":
+        return sparse_low_i8 if spec.block_rows < QUAD else sparse_i8
+    return dense_f32 if spec.weight == "f32" else dense_i8
+
+
 def dense(spec: DenseSpec, isa: Isa, knobs: Blocking | None = None) -> DenseKernel:
     """Generate the kernel for a layer; ``knobs`` default to what is good on ``isa``."""
-    family: Any = {"f32": dense_f32, "i8": dense_i8, "i8_sparse": sparse_i8}[spec.weight]
-    if dense_amx.supports(spec, isa):
-        family = dense_amx
+    family = family_of(spec, isa)
     knobs = knobs or family.default_knobs(spec, isa)
     dtype = np.dtype(np.float32 if spec.weight == "f32" else np.int8)
 

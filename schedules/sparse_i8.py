@@ -1,4 +1,4 @@
-"""Block-sparse int8 layers: only blocks of R output rows × 4 input channels that hold a non-zero are multiplied.
+"""Block-sparse int8 layers: only blocks of R output rows × 4 input channels that hold a non-zero are multiplied, R ≥ 4.
 
 The weight is stored as block compressed sparse rows: for each group of R rows, the quads that its blocks stand at
 (``index[indptr[g]:indptr[g + 1]]``) and the blocks themselves. A block spans 4 input channels, so that its products
@@ -50,9 +50,8 @@ def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     return Blocking(rows=rows, tiles={1: 4, 2: 2, 4: 1}[rows], chains=8, chunk=64)
 
 
-def padding(block_rows: int) -> int:
-    """Return what a row group's blocks are a multiple of, so that the reduction splits into chains without a rest."""
-    return 4 if block_rows == 1 else 2
+PADDING = 2
+"""What a row group's blocks are a multiple of, so that the reduction splits into chains without a rest."""
 
 
 def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray[Any]]:
@@ -61,7 +60,7 @@ def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray
     Whole groups are computed in ascending order of their number of blocks: the branch at the end of a reduction is
     mispredicted only where that number changes. ``order`` int32 says which group stands at each position; chunk c
     computes positions ``bounds[c]`` to ``bounds[c + 1]`` (int32), about the same number of blocks each. Blocks of row
-    group r, counted in that order, are ``indptr[r]`` to ``indptr[r + 1]`` (int32), a multiple of ``padding``, the last
+    group r, counted in that order, are ``indptr[r]`` to ``indptr[r + 1]`` (int32), a multiple of ``PADDING``, the last
     perhaps zeros; ``index`` (uint16, or int32 for very wide layers) is the quad, ``blocks`` s8 ``(…, block_rows, 4)``.
     ``index`` is longer than ``blocks`` by what the kernel reads ahead.
     """
@@ -74,7 +73,7 @@ def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray
 
     whole, per_group = n // group, group // rows
     counts = present.sum(1)
-    counts += -counts % padding(rows)
+    counts += -counts % PADDING
     work = counts[: whole * per_group].reshape(whole, per_group).sum(1)
     order = np.argsort(work, kind="stable")
     bounds = _balanced(work[order], chunk_count(knobs, n))
@@ -146,7 +145,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                         for tile in range(work.tiles):
                             prefetch(flat, base + quad * TILE + tile * (quads * TILE))
 
-                accumulate(isa, knobs, work, accumulators, end - begin, step, ahead, "int32", padding(block_rows))
+                accumulate(isa, knobs, work, accumulators, end - begin, step, ahead, "int32", PADDING)
 
             by_length = Order(bound=lambda c: bounds[c], group=lambda position: order[position])
             loop_nest(isa, knobs, tiles, n, "int32", reduce, epilogue.emit, by_length, block_rows)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from oracles_dense import EVERY_ISA, product, random_blocks, run, to_quads
 
-from whet.schedules import sparse_i8
+from whet.schedules import sparse_i8, sparse_low_i8
 from whet.schedules.dense import BLOCK_ROWS, DenseSpec, dense
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import ISAS
@@ -44,12 +44,23 @@ def test_shapes(isa, weight, block_rows, n, k):
 @pytest.mark.parametrize("isa", EVERY_ISA)
 def test_activations_that_are_prefetched(isa):
     rng = np.random.default_rng(8)
-    spec = DenseSpec(18, 2048, "i8_sparse", 1)
+    spec = DenseSpec(18, 6400, "i8_sparse", 4)
     tiles = dense(spec, isa).knobs.tiles
-    assert tiles * 2048 * 16 > sparse_i8.FAR_BYTES
-    w = random_blocks(rng, 18, 2048, 1, 0.2)
+    assert tiles * 6400 * 16 > sparse_i8.FAR_BYTES
+    w = random_blocks(rng, 18, 6400, 4, 0.1)
     w[-1] = 1  # the last group reads the index to its end
-    check(spec, isa, w, rng.integers(0, 256, (tiles, 2048, 16)).astype(np.uint8))
+    check(spec, isa, w, rng.integers(0, 256, (tiles, 6400, 16)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize("block_rows", [1, 2])
+def test_low_blocks_of_a_layer_too_wide_for_the_cache(isa, block_rows):
+    rng = np.random.default_rng(9)
+    n, k = 150, 4 * (2 * sparse_low_i8.K_BLOCK + 5)  # three K blocks, two chunks
+    w = random_blocks(rng, n, k, block_rows, 0.1)
+    w[:, :900] = 0  # a K block without any
+    for tiles in (1, 2, 3, 5):
+        check(DenseSpec(n, k, "i8_sparse", block_rows), isa, w, rng.integers(0, 256, (tiles, k, 16)).astype(np.uint8))
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
@@ -68,25 +79,44 @@ def test_knobs_change_the_code_but_not_the_result(isa):
     rows = rng.integers(0, 256, (7, 68, 16)).astype(np.uint8)
     for knobs in (Blocking(rows=3, tiles=1, chains=24, chunk=8), Blocking(rows=1, tiles=2, chains=1, chunk=1000)):
         check(DenseSpec(50, 68, "i8"), isa, random_blocks(rng, 50, 68, 4, 0.5), rows, knobs)
+    knobs = Blocking(rows=6, tiles=1, chains=16, chunk=16)
+    check(DenseSpec(50, 68, "i8_sparse", 2), isa, random_blocks(rng, 50, 68, 2, 0.5), rows, knobs)
     knobs = Blocking(rows=2, tiles=3, chains=32, chunk=16)
     check(DenseSpec(50, 68, "i8_sparse", 8), isa, random_blocks(rng, 50, 68, 8, 0.5), rows, knobs)
 
 
-ZERO = [[0] * 4, [0] * 4]
+ZERO = [0] * 4
 
 
 def test_packed_blocks_are_those_that_hold_a_non_zero():
-    weight = np.zeros((5, 12), np.int8)
+    weight = np.zeros((9, 12), np.int8)
     weight[1, 3] = 7  # group 0, quad 0
-    weight[4, 11] = -9  # group 2, of which only the first row exists, quad 2
-    spec = DenseSpec(5, 12, "i8_sparse", 2)
-    bounds, order, indptr, index, blocks = sparse_i8.pack(weight, spec, Blocking(2, 1, 1, 2))
+    weight[8, 11] = -9  # group 2, of which only the first row exists, quad 2
+    spec = DenseSpec(9, 12, "i8_sparse", 4)
+    bounds, order, indptr, index, blocks = sparse_i8.pack(weight, spec, Blocking(4, 1, 1, 4))
     assert order.tolist() == [1, 0]  # fewest blocks first; the incomplete group 2 follows by itself
     assert (bounds[0], bounds[-1]) == (0, 2)
     assert indptr.tolist() == [0, 0, 2, 4]  # an even number of blocks each
     assert (index.dtype, index[:4].tolist()) == (np.uint16, [0, 0, 2, 0])
     assert len(index) == 4 + sparse_i8.STEPS_AHEAD
-    assert blocks.tolist() == [[[0] * 4, [0, 0, 0, 7]], ZERO, [[0, 0, 0, -9], [0] * 4], ZERO]
+    assert blocks.tolist() == [
+        [ZERO, [0, 0, 0, 7], ZERO, ZERO],
+        [ZERO] * 4,
+        [[0, 0, 0, -9], ZERO, ZERO, ZERO],
+        [ZERO] * 4,
+    ]
+
+
+def test_packed_lists_of_a_pass_have_one_length():
+    weight = np.zeros((4, 12), np.int8)
+    weight[0, :] = 1  # three blocks
+    weight[2, 4] = 5  # one
+    spec = DenseSpec(4, 12, "i8_sparse", 1)
+    units, indptr, index, blocks = sparse_low_i8.pack(weight, spec, Blocking(2, 1, 1, 4))
+    assert units.tolist() == [[1, 3], [2, 0]]  # fewest blocks first
+    assert indptr.tolist() == [0, 0, 8]
+    assert (index.dtype, index.tolist()) == (np.uint8, [1, 0, 0, 0, 0, 1, 2, 0])
+    assert blocks.reshape(-1, 4).tolist() == [[5, 0, 0, 0], ZERO, ZERO, ZERO, [1] * 4, [1] * 4, [1] * 4, ZERO]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Choose between a dense and a block-sparse kernel for every integer dense layer.
 
-The zeros are the ones the integer weight has. For each block height R the share of R × 4 blocks that hold anything is
+The zeros are the ones the integer weight has. For each shape R × C of blocks the share of those that hold anything is
 the work a sparse kernel does; the cost model of ``whet.schedules`` weighs that against the dense kernel. After this
-pass a layer that runs sparse has the attribute ``block_rows`` = R.
+pass a layer that runs sparse has the attributes ``block_rows`` = R and ``block_columns`` = C.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import numpy as np
 from tvm import IRModule, relax
 
 from whet.schedules.cost import estimate_cycles
-from whet.schedules.dense import DenseSpec
+from whet.schedules.dense import BLOCKS, DenseSpec
 from whet.schedules.isa import Isa
 
 from . import dialect
 from .graph import Graph, attributes, is_call, rewrite
 
-BLOCK_ROWS = (1, 2, 4, 8, 16)
 CLEARLY = 0.9
 """A sparse kernel must be estimated to take less than this share of the dense one's time: estimates are not exact."""
+NEARLY = 1.05
+"""Of kernels whose estimates are this close the one with the largest blocks, up to 8 × 4, is taken: less to index."""
 TYPICAL_TILES = 4
 """The choice is made for requests of 64 tokens; it seldom depends on it."""
 
@@ -38,6 +39,7 @@ class Choice:
     """Share of zero weights."""
     block_rows: int
     """0: dense."""
+    block_columns: int
     density: float
     """Share of the blocks that are computed."""
     cycles: dict[str, float]
@@ -55,28 +57,37 @@ def choose_kernels(module: IRModule, isa: Isa) -> tuple[IRModule, list[Choice]]:
             return call
         choice = _choose(var.name, graph.constant(graph.producer(graph.values[var].args[1]).args[0]), isa)
         choices.append(choice)
-        return dialect.dense(*call.args, **attrs, block_rows=choice.block_rows) if choice.block_rows else call
+        if not choice.block_rows:
+            return call
+        attrs |= {"block_rows": choice.block_rows, "block_columns": choice.block_columns}
+        return dialect.dense(*call.args, **attrs)
 
     return rewrite(module, visit), choices
 
 
 def _choose(layer: str, values: np.ndarray[Any, Any], isa: Isa) -> Choice:
     rows, columns = values.shape
-    densities = {r: block_density(values, r) for r in BLOCK_ROWS}
-    cycles = {"dense": estimate_cycles(DenseSpec(rows, columns, "i8"), TYPICAL_TILES, 1.0, isa)}
-    for r, density in densities.items():
-        cycles[f"{r}x4"] = estimate_cycles(
-            DenseSpec(rows, columns, "i8_sparse", block_rows=r), TYPICAL_TILES, density, isa
+    dense = estimate_cycles(DenseSpec(rows, columns, "i8"), TYPICAL_TILES, 1.0, isa)
+    densities = {block: block_density(values, *block) for block in BLOCKS}
+    # A block never took less than its share of the dense kernel's time, whatever the estimates say.
+    sparse = {
+        (r, c): max(
+            estimate_cycles(DenseSpec(rows, columns, "i8_sparse", r, c), TYPICAL_TILES, density, isa), density * dense
         )
-    best = min(cycles, key=lambda name: cycles[name])
-    block_rows = int(best.partition("x")[0]) if cycles[best] < CLEARLY * cycles["dense"] else 0
-    density = densities.get(block_rows, 1.0)
-    return Choice(layer, rows, columns, float((values == 0).mean()), block_rows, density, cycles)
+        for (r, c), density in densities.items()
+    }
+    least = min(sparse.values())
+    block = min(sparse, key=lambda b: (sparse[b] > NEARLY * least, -min(b[0] * b[1], 32)))
+    density = densities[block]
+    if sparse[block] >= CLEARLY * dense:
+        block, density = (0, 0), 1.0
+    cycles = {"dense": dense, **{f"{r}x{c}": value for (r, c), value in sparse.items()}}
+    return Choice(layer, rows, columns, float((values == 0).mean()), *block, density, cycles)
 
 
-def block_density(values: np.ndarray[Any, Any], block_rows: int) -> float:
-    """Share of the ``block_rows`` × 4 blocks of an int8 ``(N, K)`` weight that are not all zero."""
+def block_density(values: np.ndarray[Any, Any], block_rows: int, block_columns: int) -> float:
+    """Share of the ``block_rows`` × ``block_columns`` blocks of an int8 ``(N, K)`` weight that are not all zero."""
     rows, columns = values.shape
     padded = np.pad(values, ((0, -rows % block_rows), (0, 0)))
-    blocks = padded.reshape(-1, block_rows, columns // 4, 4)
+    blocks = padded.reshape(-1, block_rows, columns // block_columns, block_columns)
     return float((blocks != 0).any(axis=(1, 3)).mean())

@@ -181,12 +181,13 @@ class _Lowering:
             output = "heads"
         elif integer and demand.forms == {"quads"}:
             output = "quads"
-        block_rows = int(attrs.get("block_rows", 0))
+        block_rows, block_columns = (int(attrs.get(name, 0)) for name in ("block_rows", "block_columns"))
         spec = DenseSpec(
             out_features=rows,
             in_features=columns,
             weight="f32" if not integer else "i8_sparse" if block_rows else "i8",
             block_rows=block_rows or 4,
+            block_columns=block_columns or 4,
             activation=attrs["activation"],
             residual=len(call.args) == 4,
             per_token=per_token,
@@ -195,7 +196,7 @@ class _Lowering:
         if integer:
             source = self.graph.producer(call.args[1])
             values, weight_scale = (self.graph.constant(a) for a in source.args)
-        knobs = self.tuned(spec, self.isa, block_density(values, block_rows) if block_rows else 1.0)
+        knobs = self.tuned(spec, self.isa, block_density(values, *spec.block) if block_rows else 1.0)
         kernel = self.kernel((spec, knobs), lambda: dense(spec, self.isa, knobs))
         if integer:
             numbers = self.folded(var, values, weight_scale, self.graph.constant(call.args[2]), attrs, output)
@@ -393,7 +394,7 @@ def _layer_norm_in_place(spec: LayerNormSpec, isa: Isa) -> tirx.PrimFunc:
 
 
 def _kernel_name(spec: DenseSpec) -> str:
-    block = f"_{spec.block_rows}x4" if spec.weight == "i8_sparse" else ""
+    block = f"_{spec.block_rows}x{spec.block_columns}" if spec.weight == "i8_sparse" else ""
     return f"dense_{spec.weight}{block}_{spec.out_features}x{spec.in_features}_{spec.output}"
 
 

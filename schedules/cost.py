@@ -1,20 +1,20 @@
 """What a dense layer costs, estimated, to choose between dense and block-sparse kernels layer by layer.
 
 A kernel is modelled by what it issues: multiply-adds, loads of activations and weights, a start-up per pass over the
-reduction, and the epilogue's vectors. The constants were fitted (non-negative least squares on relative errors) to 96
-timings per instruction set on an Emerald Rapids Xeon: layers of 768 × 768 and 384 × 1536, 16, 32 and 128 tokens, 10 %,
-20 % and 40 % of the blocks and dense, weights in the last-level cache. The model is within 15 % of most of them and
-within 40 % of all. A cycle is one in which that CPU starts two full-width VNNI multiply-adds; only ratios are meant
-to be used elsewhere.
+reduction, unpacks, and the epilogue's vectors. The constants were fitted (non-negative least squares on relative
+errors) to 285 timings per instruction set on an Emerald Rapids Xeon: layers of 768 × 768, 384 × 1536 and 768 × 3072,
+16 to 384 tokens, 10 %, 20 % and 40 % of the blocks of every shape and dense, weights in the last-level cache. From 64
+tokens on the model is within 20 % of nearly all of them; a single tile, which waits for its weights, may take a third
+more. A cycle is 0.37 ns of that CPU; only ratios are meant to be used elsewhere.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from whet.schedules import amx, dense_amx, dense_f32, dense_i8, sparse_i8
+from whet.schedules import amx, dense_amx, sparse_channel_i8, sparse_low_i8
+from whet.schedules.dense import family_of
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import TILE, Isa
@@ -32,20 +32,22 @@ class _Cycles:
     """Of a pass: mispredicted loop end, empty and drained accumulators."""
     vector: float
     """Of the epilogue, without activation."""
+    unpack: float
+    """Of bringing channels together, per unpack of one vector."""
 
 
 NEAR_BYTES = 36 << 10
 """Activations that stay in the first-level cache beside the weights."""
 
 _VECTOR = {
-    "amx_int8": _Cycles(0.31, 0.335, 0.22, 23, 2.2),
-    "avx512_vnni": _Cycles(0.31, 0.335, 0.22, 23, 2.2),
-    "avx_vnni": _Cycles(0.45, 0.255, 0, 7, 2.2),
-    "avx2": _Cycles(1.78, 0.405, 0, 11, 3.1),
+    "amx_int8": _Cycles(0.174, 0.357, 0.035, 24, 7.3, 0.55),
+    "avx512_vnni": _Cycles(0.174, 0.357, 0.035, 24, 7.3, 0.55),
+    "avx_vnni": _Cycles(0.505, 0.117, 0.526, 10, 2.2, 0.35),
+    "avx2": _Cycles(1.61, 0.376, 0, 9.3, 4.6, 0.27),
 }
-_FMA = {"avx2": _Cycles(0.45, 0.255, 0, 7, 2.2)}  # as VNNI where there is VNNI
+_FMA = {"avx2": _Cycles(0.505, 0.117, 0.526, 10, 2.2, 0.35)}  # as VNNI where there is VNNI
 
-AMX_MULTIPLY, AMX_VECTOR, AMX_BYTES = 18.0, 2.5, 8.6
+AMX_MULTIPLY, AMX_VECTOR, AMX_BYTES = 18.6, 4.7, 7.8
 """Cycles of one tile multiplication with its share of loads and of an epilogue vector; weight bytes per cycle.
 
 Weights come from the last-level cache and hardly overlap: both wait for the same line fill buffers."""
@@ -75,7 +77,7 @@ def estimate_cycles(spec: DenseSpec, tiles: int, density: float, isa: Isa) -> fl
 
 def _vector_kernel(spec: DenseSpec, tiles: int, density: float, isa: Isa) -> float:
     float_ = spec.weight == "f32"
-    family: Any = {"f32": dense_f32, "i8": dense_i8, "i8_sparse": sparse_i8}[spec.weight]
+    family = family_of(spec, isa)
     cycles = (_FMA if float_ else {}).get(isa.name, _VECTOR[isa.name])
     knobs: Blocking = family.default_knobs(spec, isa)
     depth = spec.in_features if float_ else spec.in_features // QUAD
@@ -84,12 +86,21 @@ def _vector_kernel(spec: DenseSpec, tiles: int, density: float, isa: Isa) -> flo
     passes = math.ceil(spec.out_features / knobs.rows)
     steps = passes * depth * kept
     vectors = tiles * isa.parts
-    bytes_near = min(tiles, knobs.tiles) * depth * TILE * 4
-    load = cycles.load + (cycles.far_load if bytes_near > NEAR_BYTES else 0)
+    load = cycles.load
+    lists, parts_of_depth, unpacks = 1, 1, 0.0
+    if family is sparse_low_i8:
+        lists, parts_of_depth = knobs.rows // spec.block_rows, math.ceil(depth / sparse_low_i8.K_BLOCK)
+    elif family is sparse_channel_i8:
+        # The first copy takes three unpacks per vector, every step three for one vector and two each for several.
+        columns = min(tiles, knobs.tiles) * isa.parts
+        unpacks = vectors * (depth * 3 + steps * (3 if columns == 1 else 2))
+    elif min(tiles, knobs.tiles) * depth * TILE * 4 > NEAR_BYTES:
+        load += cycles.far_load
     return (
         steps * knobs.rows * vectors * cycles.multiply
-        + steps * vectors * load
-        + steps * blocks * (knobs.rows + 1) * cycles.load
-        + passes * blocks * cycles.start
+        + steps * lists * vectors * load
+        + steps * blocks * (knobs.rows + lists) * cycles.load
+        + passes * parts_of_depth * blocks * cycles.start
         + spec.out_features * vectors * cycles.vector
+        + unpacks * cycles.unpack
     )

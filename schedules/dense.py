@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.schedules import dense_amx, dense_f32, dense_i8, sparse_i8, sparse_low_i8
-from whet.schedules.dense_spec import BLOCK_ROWS, QUAD, DenseSpec, Output, Weight
+from whet.schedules import dense_amx, dense_f32, dense_i8, sparse_channel_i8, sparse_i8, sparse_low_i8
+from whet.schedules.dense_spec import BLOCKS, QUAD, DenseSpec, Output, Weight
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import Isa
 
-__all__ = ["BLOCK_ROWS", "DenseKernel", "DenseSpec", "Output", "Weight", "dense", "family_of"]
+__all__ = ["BLOCKS", "DenseKernel", "DenseSpec", "Output", "Weight", "dense", "family_of"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ def family_of(spec: DenseSpec, isa: Isa) -> Any:
     if dense_amx.supports(spec, isa):
         return dense_amx
     if spec.weight == "i8_sparse":
+        if spec.block_columns == 1:
+            return sparse_channel_i8
         return sparse_low_i8 if spec.block_rows < QUAD else sparse_i8
     return dense_f32 if spec.weight == "f32" else dense_i8
 

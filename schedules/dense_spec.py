@@ -13,8 +13,8 @@ QUAD = 4
 Weight: TypeAlias = Literal["f32", "i8", "i8_sparse"]
 Output: TypeAlias = Literal["tiles", "quads", "heads"]
 
-BLOCK_ROWS = (1, 2, 4, 8, 16)
-"""Output rows that a sparse block may have."""
+BLOCKS = ((1, 4), (2, 4), (4, 4), (8, 4), (16, 4), (4, 1))
+"""Output rows × input channels that a sparse block may have."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class DenseSpec:
     """``activation(W·x + b) + residual`` per token.
 
     ``weight`` says how W is stored and with it what x is: tiles for f32, quads u8 for i8 and i8_sparse (blocks of
-    ``block_rows`` output rows × 4 input channels). ``per_token`` dequantises with a scale and zero point of each token
-    instead of the tensor's. ``output`` is f32 tiles; or quads u8, requantised; or "heads", where the layer is the
-    fused Q, K and V of an attention (``out_features`` = 3 × hidden): Q as quads u8 with zero point 128, K as quads s8,
-    V as value rows s8, each already scaled by ``scale`` and ``bias``.
+    ``block_rows`` output rows × ``block_columns`` input channels). ``per_token`` dequantises with a scale and zero
+    point of each token instead of the tensor's. ``output`` is f32 tiles; or quads u8, requantised; or "heads", where
+    the layer is the fused Q, K and V of an attention (``out_features`` = 3 × hidden): Q as quads u8 with zero point
+    128, K as quads s8, V as value rows s8, each already scaled by ``scale`` and ``bias``.
 
     Raises ValueError for sizes and combinations that no kernel computes.
     """
@@ -34,14 +34,20 @@ class DenseSpec:
     in_features: int
     weight: Weight
     block_rows: int = 4
+    block_columns: int = QUAD
     activation: str = "none"
     residual: bool = False
     per_token: bool = False
     output: Output = "tiles"
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """Output rows and input channels of a sparse block."""
+        return self.block_rows, self.block_columns
+
     def __post_init__(self) -> None:
         _one_of("weight", self.weight, get_args(Weight))
-        _one_of("block_rows", self.block_rows, BLOCK_ROWS)
+        _one_of("block", self.block, BLOCKS)
         _one_of("activation", self.activation, tuple(ACTIVATIONS))
         _one_of("output", self.output, get_args(Output))
         if self.out_features < 1 or self.in_features < 1:

@@ -65,6 +65,8 @@ class Pass:
     """Number of this pass within its group."""
     rows: int
     """Rows that exist; fewer than ``Blocking.rows`` only at the end of the matrix."""
+    tile_block: Any
+    """Number of the tile block, of those that ``tile_blocks`` counts."""
     first_tile: Any
     tiles: int
 
@@ -163,6 +165,17 @@ def group_rows(out_features: int, rows: int) -> int:
     return rows if out_features % QUAD else math.lcm(rows, QUAD)
 
 
+def tile_blocks(blocking: Blocking, tiles: Any) -> Any:
+    """Bind the number of blocks that the tiles are divided into; within one, the activations stay in cache."""
+    return named("blocks", T.Bind((tiles + (blocking.tiles - 1)) // blocking.tiles))
+
+
+def tiles_of_block(block: Any, tiles: Any, blocks: Any) -> tuple[Any, Any]:
+    """Bind first tile and number of tiles of a block; they differ by at most one: none is left with few chains."""
+    first = named("first_tile", T.Bind(block * tiles // blocks))
+    return first, named("tile_count", T.Bind(T.cast((block + 1) * tiles // blocks - first, "int32")))
+
+
 def loop_nest(
     isa: Isa,
     blocking: Blocking,
@@ -196,30 +209,28 @@ def loop_nest(
                 lanes = T.ramp(part * isa.lanes, 1, isa.lanes)
                 T.buffer_store(sums, register[0], [tile, work.index * rows + row, lanes])
 
-    def group(position: Any, g: Any, valid: int, first: Any, count: Any, sums: Any) -> None:
+    def group(position: Any, g: Any, valid: int, b: Any, first: Any, count: Any, sums: Any) -> None:
         for size in range(1, most + 1):
             with T.If(count == size), T.Then():
                 for index in range(-(-valid // rows)):
-                    reduced(Pass(position, index, min(rows, valid - index * rows), first, size), sums)
+                    reduced(Pass(position, index, min(rows, valid - index * rows), b, first, size), sums)
         finish(Block(g * in_group, valid, first, count, sums))
 
-    # Tile blocks differ by at most one tile, so that none is left with few chains; within one, x stays in cache.
-    blocks = named("blocks", T.Bind((tiles + (most - 1)) // most))
+    blocks = tile_blocks(blocking, tiles)
     with T.parallel(blocks * chunks) as p:
         b = named("tile_block", T.Bind(p // chunks))
         c = named("chunk", T.Bind(T.cast(p % chunks, "int32")))
-        first = named("first_tile", T.Bind(b * tiles // blocks))
-        count = named("tile_count", T.Bind(T.cast((b + 1) * tiles // blocks - first, "int32")))
+        first, count = tiles_of_block(b, tiles, blocks)
         sums = named("sums", T.alloc_buffer((most, in_group, TILE), dtype))
         if groups:
             begin = named("begin", T.Bind(order.bound(c)))
             end = named("end", T.Bind(order.bound(c + 1)))
             with T.serial(end - begin) as i:
                 position = named("position", T.Bind(begin + i))
-                group(position, named("group", T.Bind(order.group(position))), in_group, first, count, sums)
+                group(position, named("group", T.Bind(order.group(position))), in_group, b, first, count, sums)
         if rest:
             with T.If(c == chunks - 1), T.Then():
-                group(groups, groups, rest, first, count, sums)
+                group(groups, groups, rest, b, first, count, sums)
 
 
 def vector_at(buffer: Any, base: Any, column: int, stride: int, isa: Isa) -> Any:

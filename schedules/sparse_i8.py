@@ -65,28 +65,39 @@ def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray
     ``index`` is longer than ``blocks`` by what the kernel reads ahead.
     """
     n, k = weight.shape
-    rows, group = spec.block_rows, group_rows(spec.out_features, spec.block_rows)
+    rows = spec.block_rows
     padded = np.zeros((math.ceil(n / rows) * rows, k), np.int8)
     padded[:n] = weight
     blocks = padded.reshape(-1, rows, k // QUAD, QUAD).transpose(0, 2, 1, 3)
     present: NDArray[Any] = np.asarray(blocks.any(axis=(2, 3)))
 
-    whole, per_group = n // group, group // rows
-    counts = present.sum(1)
-    counts += -counts % PADDING
-    work = counts[: whole * per_group].reshape(whole, per_group).sum(1)
-    order = np.argsort(work, kind="stable")
-    bounds = _balanced(work[order], chunk_count(knobs, n))
-    positions = np.concatenate(
-        [(order[:, None] * per_group + np.arange(per_group)).reshape(-1), np.arange(whole * per_group, len(blocks))]
-    )
-    indptr = np.concatenate([[0], np.cumsum(counts[positions])])
+    bounds, order, positions, indptr = by_length(present.sum(1), spec, knobs)
     stored = max(int(indptr[-1]), 1)  # no array is empty, not even for a weight of zeros
     index, values = np.zeros(stored + STEPS_AHEAD, _index_dtype(k)), np.zeros((stored, rows, QUAD), np.int8)
     group_of, quad = np.nonzero(present[positions])
     at = indptr[group_of] + np.arange(len(quad)) - np.searchsorted(group_of, group_of)
     index[at], values[at] = quad, blocks[positions[group_of], quad]
-    return [bounds, order.astype(np.int32) if whole else np.zeros(1, np.int32), indptr.astype(np.int32), index, values]
+    return [bounds, order, indptr.astype(np.int32), index, values]
+
+
+def by_length(counts: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> tuple[NDArray[Any], ...]:
+    """Order groups by their number of blocks: bounds and order as in ``pack``, positions, indptr.
+
+    ``counts`` are the blocks of each ``spec.block_rows`` rows, which ``positions`` permutes to the order of
+    computation.
+    """
+    n, rows = spec.out_features, spec.block_rows
+    group = group_rows(n, rows)
+    whole, per_group = n // group, group // rows
+    counts = counts + -counts % PADDING
+    work = counts[: whole * per_group].reshape(whole, per_group).sum(1)
+    order = np.argsort(work, kind="stable")
+    bounds = _balanced(work[order], chunk_count(knobs, n))
+    positions = np.concatenate(
+        [(order[:, None] * per_group + np.arange(per_group)).reshape(-1), np.arange(whole * per_group, len(counts))]
+    )
+    indptr = np.concatenate([[0], np.cumsum(counts[positions])])
+    return bounds, order.astype(np.int32) if whole else np.zeros(1, np.int32), positions, indptr
 
 
 def _balanced(work: NDArray[Any], chunks: int) -> NDArray[Any]:

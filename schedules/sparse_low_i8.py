@@ -27,7 +27,9 @@ from whet.schedules.gemm import (
     multiply_add,
     named,
     parameter,
+    tile_blocks,
     tile_offset,
+    tiles_of_block,
     vector_at,
 )
 from whet.schedules.isa import TILE, Isa, prefetch, splat, view
@@ -188,12 +190,11 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                         total = total + registers[row][column][0]
                     T.buffer_store(sums, total, place(row, column))
 
-            blocks = named("blocks", T.Bind((tiles + (knobs.tiles - 1)) // knobs.tiles))
+            blocks = tile_blocks(knobs, tiles)
             with T.parallel(blocks * plan.chunks) as p:
                 b = named("tile_block", T.Bind(p // plan.chunks))
                 chunk = named("chunk", T.Bind(T.cast(p % plan.chunks, "int32")))
-                first_tile = named("first_tile", T.Bind(b * tiles // blocks))
-                count = named("tile_count", T.Bind(T.cast((b + 1) * tiles // blocks - first_tile, "int32")))
+                first_tile, count = tiles_of_block(b, tiles, blocks)
                 sums = named("sums", T.alloc_buffer((knobs.tiles, plan.most * rows, TILE), "int32"))
                 begin = named("begin", T.Bind(plan.bound(chunk)))
                 end = named("end", T.Bind(plan.bound(chunk + 1)))

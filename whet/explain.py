@@ -135,8 +135,8 @@ def _plain(module: Any) -> list[str]:
 
 def describe_layer(layer: Mapping[str, Any]) -> str:
     """One integer dense layer: its zeros, the kernel chosen, and how the candidates were judged."""
-    kernel = f"{layer['block_rows']}x4 sparse" if layer["block_rows"] else "dense"
-    chosen = f"{layer['block_rows']}x4" if layer["block_rows"] else "dense"
+    chosen = f"{layer['block_rows']}x{layer.get('block_columns', 4)}" if layer["block_rows"] else "dense"
+    kernel = f"{chosen} sparse" if layer["block_rows"] else "dense"
     cycles = layer["cycles"]
     others = ", ".join(f"{name} {c / cycles[chosen]:.2f}×" for name, c in cycles.items() if name != chosen)
     shape = f"{layer['out_features']} × {layer['in_features']}"

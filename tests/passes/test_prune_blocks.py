@@ -12,7 +12,7 @@ from whet.passes.prune_blocks import prune, prune_blocks
 def test_the_weakest_blocks_go(rows):
     weight = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
     pruned = prune(weight, 0.75, rows)
-    assert block_density((pruned != 0).astype(np.int8), rows) == pytest.approx(0.25, abs=0.01)
+    assert block_density((pruned != 0).astype(np.int8), rows, 4) == pytest.approx(0.25, abs=0.01)
     blocks = np.abs(weight.reshape(32 // rows, rows, 16, 4)).mean(axis=(1, 3))
     kept = np.abs(pruned.reshape(32 // rows, rows, 16, 4)).max(axis=(1, 3)) > 0
     assert blocks[kept].min() > blocks[~kept].max()

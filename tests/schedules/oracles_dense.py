@@ -96,8 +96,8 @@ def clamped(y, low, high, dtype):
     return np.clip(np.rint(y), low, high).astype(dtype)
 
 
-def random_blocks(rng, n, k, rows, density):
-    """int8 ``(n, k)`` where each block of rows × 4 is kept with probability ``density``."""
+def random_blocks(rng, n, k, rows, density, columns=4):
+    """int8 ``(n, k)`` where each block of rows × columns is kept with probability ``density``."""
     weight = rng.integers(-127, 128, (n, k)).astype(np.int8)
-    keep = rng.random((-(-n // rows), k // 4)) < density
-    return weight * np.repeat(np.repeat(keep, rows, 0)[:n], 4, 1).astype(np.int8)
+    keep = rng.random((-(-n // rows), k // columns)) < density
+    return weight * np.repeat(np.repeat(keep, rows, 0)[:n], columns, 1).astype(np.int8)

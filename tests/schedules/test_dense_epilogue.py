@@ -16,6 +16,7 @@ SPECS = [
     DenseSpec(N, K, "i8_sparse", 1, output="quads", per_token=True),
     DenseSpec(N, K, "i8_sparse", 2, activation="relu", residual=True, output="quads"),
     DenseSpec(N, K, "i8_sparse", 8, output="heads", per_token=True),
+    DenseSpec(N, K, "i8_sparse", 4, 1, output="heads", per_token=True),
     DenseSpec(N, K, "i8_sparse", 16, residual=True, output="heads"),
 ]
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from oracles_dense import EVERY_ISA, product, random_blocks, run, to_quads
 
-from whet.schedules import sparse_i8, sparse_low_i8
-from whet.schedules.dense import BLOCK_ROWS, DenseSpec, dense
+from whet.schedules import sparse_channel_i8, sparse_i8, sparse_low_i8
+from whet.schedules.dense import BLOCKS, DenseSpec, dense
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import ISAS
 
-FAMILIES = [("i8", 4), *(("i8_sparse", rows) for rows in BLOCK_ROWS)]
+FAMILIES = [("i8", (4, 4)), *(("i8_sparse", block) for block in BLOCKS)]
 TILES = (1, 2, 3, 5, 6, 7, 8, 13, 38)  # up to 608 tokens
 
 
@@ -22,23 +22,23 @@ def check(spec, isa, weight, rows, knobs=None):
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
-@pytest.mark.parametrize(("weight", "block_rows"), FAMILIES)
-def test_products_are_exact_for_any_number_of_tokens(isa, weight, block_rows):
-    rng = np.random.default_rng(block_rows)
-    spec = DenseSpec(50, 68, weight, block_rows)  # 50 is a multiple of no block but 2, 17 quads of no unrolling
-    w = random_blocks(rng, 50, 68, block_rows, 0.4)
+@pytest.mark.parametrize(("weight", "block"), FAMILIES)
+def test_products_are_exact_for_any_number_of_tokens(isa, weight, block):
+    rng = np.random.default_rng(block[0])
+    spec = DenseSpec(50, 68, weight, *block)  # 50 is a multiple of no block but 2, 17 quads of no unrolling
+    w = random_blocks(rng, 50, 68, block[0], 0.4, block[1])
     w[16:32] = 0  # groups without any block
     for tiles in TILES:
         check(spec, isa, w, rng.integers(0, 256, (tiles, 68, 16)).astype(np.uint8))
 
 
 @pytest.mark.parametrize("isa", [EVERY_ISA[-1]])  # the shape changes loops, not instructions; AVX2 compiles fastest
-@pytest.mark.parametrize(("weight", "block_rows"), FAMILIES)
+@pytest.mark.parametrize(("weight", "block"), FAMILIES)
 @pytest.mark.parametrize(("n", "k"), [(1, 4), (16, 512), (131, 12)])
-def test_shapes(isa, weight, block_rows, n, k):
+def test_shapes(isa, weight, block, n, k):
     rng = np.random.default_rng(n)
-    w = random_blocks(rng, n, k, block_rows, 0.5)
-    check(DenseSpec(n, k, weight, block_rows), isa, w, rng.integers(0, 256, (4, k, 16)).astype(np.uint8))
+    w = random_blocks(rng, n, k, block[0], 0.5, block[1])
+    check(DenseSpec(n, k, weight, *block), isa, w, rng.integers(0, 256, (4, k, 16)).astype(np.uint8))
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
@@ -64,9 +64,9 @@ def test_low_blocks_of_a_layer_too_wide_for_the_cache(isa, block_rows):
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
-@pytest.mark.parametrize(("weight", "block_rows"), FAMILIES)
-def test_extreme_values_do_not_saturate(isa, weight, block_rows):
-    spec = DenseSpec(50, 68, weight, block_rows)
+@pytest.mark.parametrize(("weight", "block"), FAMILIES)
+def test_extreme_values_do_not_saturate(isa, weight, block):
+    spec = DenseSpec(50, 68, weight, *block)
     rows = np.full((3, 68, 16), 255, np.uint8)
     for value in (127, -127, 0):
         check(spec, isa, np.full((50, 68), value, np.int8), rows)
@@ -79,6 +79,8 @@ def test_knobs_change_the_code_but_not_the_result(isa):
     rows = rng.integers(0, 256, (7, 68, 16)).astype(np.uint8)
     for knobs in (Blocking(rows=3, tiles=1, chains=24, chunk=8), Blocking(rows=1, tiles=2, chains=1, chunk=1000)):
         check(DenseSpec(50, 68, "i8"), isa, random_blocks(rng, 50, 68, 4, 0.5), rows, knobs)
+    knobs = Blocking(rows=4, tiles=2, chains=32, chunk=16)
+    check(DenseSpec(50, 68, "i8_sparse", 4, 1), isa, random_blocks(rng, 50, 68, 4, 0.5, 1), rows, knobs)
     knobs = Blocking(rows=6, tiles=1, chains=16, chunk=16)
     check(DenseSpec(50, 68, "i8_sparse", 2), isa, random_blocks(rng, 50, 68, 2, 0.5), rows, knobs)
     knobs = Blocking(rows=2, tiles=3, chains=32, chunk=16)
@@ -119,6 +121,18 @@ def test_packed_lists_of_a_pass_have_one_length():
     assert blocks.reshape(-1, 4).tolist() == [[5, 0, 0, 0], ZERO, ZERO, ZERO, [1] * 4, [1] * 4, [1] * 4, ZERO]
 
 
+def test_packed_channels_are_those_that_a_group_of_rows_keeps():
+    weight = np.zeros((8, 8), np.int8)
+    weight[4:, 1:6] = np.arange(1, 21).reshape(4, 5)  # five channels of group 1
+    bounds, order, indptr, index, blocks = sparse_channel_i8.pack(
+        weight, DenseSpec(8, 8, "i8_sparse", 4, 1), Blocking(4, 1, 1, 8)
+    )
+    assert (bounds.tolist(), order.tolist(), indptr.tolist()) == ([0, 2], [0, 1], [0, 0, 2])
+    assert (index.dtype, index.tolist()) == (np.uint16, [[1, 2, 3, 4], [5, 0, 0, 0]])
+    assert blocks[0].tolist() == weight[4:, 1:5].tolist()
+    assert blocks[1].tolist() == [[v, 0, 0, 0] for v in weight[4:, 5]]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -126,7 +140,8 @@ def test_packed_lists_of_a_pass_have_one_length():
         ({"out_features": 6, "output": "quads"}, "out_features is 6"),
         ({"out_features": 8, "output": "heads"}, "out_features is 8"),
         ({"weight": "f32", "per_token": True}, "per_token"),
-        ({"block_rows": 3}, "block_rows is 3"),
+        ({"block_rows": 3}, r"block is \(3, 4\)"),
+        ({"block_rows": 8, "block_columns": 1}, r"block is \(8, 1\)"),
         ({"activation": "swish"}, "activation is 'swish'"),
         ({"out_features": 0}, "positive"),
     ],

@@ -21,6 +21,7 @@ from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.epilogue import Epilogue
 from whet.schedules.gemm import (
     PREFETCH_BYTES,
+    Accumulators,
     Block,
     Blocking,
     chunk_count,
@@ -81,7 +82,7 @@ class _Plan:
     @property
     def most(self) -> int:
         """Passes of the largest chunk."""
-        return max(self.bound(c + 1) - self.bound(c) for c in range(self.chunks))
+        return max(int(self.bound(c + 1) - self.bound(c)) for c in range(self.chunks))
 
 
 def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray[Any]]:
@@ -95,7 +96,7 @@ def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray
     plan, height = _Plan.of(spec, knobs), spec.block_rows
     padded = np.zeros((plan.passes * knobs.rows, plan.depths * plan.depth * QUAD), np.int8)
     padded[: spec.out_features, : spec.in_features] = weight
-    # (chunkable units, K blocks, quads of one, rows, 4)
+    # units, K blocks, quads of one, rows, 4
     blocks = padded.reshape(-1, height, plan.depths, plan.depth, QUAD).transpose(0, 2, 3, 1, 4)
     present: NDArray[Any] = np.asarray(blocks.any(axis=(3, 4)))
     units, lengths, index, values = [], [], [], []
@@ -147,6 +148,17 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
             flat = named("flat", view(x, (tile_offset(quads, tiles),), "int32"))
             words = named("weight_words", view(weight, (stored, height), "int32"))
 
+            def multiply_block(registers: Accumulators, base: Any, position: Any) -> None:
+                at = named("block", T.Bind(position))
+                quad = named("quad", T.Bind(T.cast(index[at], "int64")))
+                multiply_add(
+                    registers,
+                    height,
+                    lambda column: vector_at(flat, base + quad * TILE, column, quads * TILE, isa),
+                    lambda row: splat(words[at, row], isa.lanes),
+                    isa.dot4,
+                )
+
             def reduce(position: Any, base: Any, size: int, sums: Any) -> None:
                 begin = named("block_begin", T.Bind(T.cast(indptr[position], "int64")))
                 stored_here = T.cast(indptr[position + 1], "int64") - begin
@@ -173,17 +185,8 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                     prefetch(words, begin + step * plan.lists + PREFETCH_BYTES // (height * QUAD), 0)
                     for s, registers in enumerate(sets):
                         for member, start in enumerate(lists):
-                            at = named("block", T.Bind(start + (step + s)))
-                            quad = named("quad", T.Bind(T.cast(index[at], "int64")))
-                            multiply_add(
-                                registers[member * height : (member + 1) * height],
-                                height,
-                                lambda column, quad=quad: vector_at(
-                                    flat, base + quad * TILE, column, quads * TILE, isa
-                                ),
-                                lambda row, at=at: splat(words[at, row], isa.lanes),
-                                isa.dot4,
-                            )
+                            rows_of_list = registers[member * height : (member + 1) * height]
+                            multiply_block(rows_of_list, base, start + (step + s))
                 for row, column in every:
                     total = sets[0][row][column][0]
                     for registers in sets[1:]:

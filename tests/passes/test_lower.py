@@ -62,6 +62,28 @@ def test_int8_is_close_to_fp32_of_the_same_weights(write, sparsity, activations)
     assert cosine.min() > 0.98
 
 
+@pytest.mark.parametrize("block", [(4, 1), (1, 4)])
+def test_other_blocks_of_zeros_run_as_what_they_are(block):
+    def masked(b):
+        whole, random = b.const, np.random.default_rng(2)
+
+        def const(*shape):
+            if len(shape) < 2 or shape[0] % 4:
+                return whole(*shape)
+            keep = random.random((shape[0] // block[0], shape[1] // block[1])) < 0.1
+            return relax.const(b.array(*shape) * np.kron(keep, np.ones(block, np.float32)))
+
+        b.const = const
+        return encoder_layer(b, 64, 2, 256)
+
+    batch = requests(7, 1, 33, 16)
+    result = compiled(masked, QuantisationConfig())
+    assert {(c.block_rows, c.block_columns) for c in result.choices} == {block}
+    got, want = run(result.lowered, ISA, batch, per_request=False), interpret(build(masked), batch)
+    cosine = (got * want).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(want, axis=1)
+    assert cosine.min() > 0.98
+
+
 def pruned(write, sparsity):
     return prune_blocks(fuse_qkv(build(write)), sparsity, 4)
 

@@ -40,12 +40,12 @@ class Program(ctypes.Structure):
 def refuse_amx() -> None:
     """Refuse the tile registers to this process and its children; OSError if the kernel takes no filter."""
     instructions = [
-        (LOAD, 0, 0, NUMBER),
-        (JUMP_IF_EQUAL, 0, 3, SYS_ARCH_PRCTL),
-        (LOAD, 0, 0, FIRST_ARGUMENT),
-        (JUMP_IF_EQUAL, 0, 1, ARCH_REQ_XCOMP_PERM),
-        (RETURN, 0, 0, REFUSE),
-        (RETURN, 0, 0, ALLOW),
+        Instruction(LOAD, 0, 0, NUMBER),
+        Instruction(JUMP_IF_EQUAL, 0, 3, SYS_ARCH_PRCTL),
+        Instruction(LOAD, 0, 0, FIRST_ARGUMENT),
+        Instruction(JUMP_IF_EQUAL, 0, 1, ARCH_REQ_XCOMP_PERM),
+        Instruction(RETURN, 0, 0, REFUSE),
+        Instruction(RETURN, 0, 0, ALLOW),
     ]
     array = (Instruction * len(instructions))(*instructions)
     libc = ctypes.CDLL(None, use_errno=True)

@@ -31,7 +31,8 @@ from machine import measure_peaks
 from models import SHAPES, WEIGHTS, prepare, text_lengths
 from workers import Failed, Worker
 
-from whet.bench import choose_cpus, cpu_model
+from whet.bench import choose_cpus
+from whet.runtime.cpu import cpu_model
 from whet.schedules.isa import host_isa
 
 HERE = Path(__file__).parent

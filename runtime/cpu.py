@@ -25,6 +25,14 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
+def cpu_model() -> str:
+    """Name of this CPU, as in ``/proc/cpuinfo``."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return " ".join(line.partition(":")[2].split())
+    return "unknown CPU"
+
+
 def choose_variant(variants: Sequence[Metadata], isa: str | None = None) -> Metadata:
     """Choose the code to run: the first that this CPU can run, or the one for ``isa``.
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import whet.schedules
+from whet.runtime.cpu import cpu_model
 from whet.schedules.isa import ISAS, Isa
 from whet.tune.instance import Instance, Knobs, key
 
@@ -199,14 +200,6 @@ def _whole(line: str) -> bool:
 def file_name(isa: str, cpu: str) -> str:
     """Name of the file with the records of one instruction set on one CPU model."""
     return f"{isa}--{re.sub(r'[^A-Za-z0-9]+', '-', cpu).strip('-')}.jsonl"
-
-
-def cpu_model() -> str:
-    """Return the name of this machine's CPU model, from /proc/cpuinfo."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    raise ValueError("/proc/cpuinfo has no model name; records of tuning need one to be filed under")
 
 
 @cache

@@ -27,7 +27,7 @@ from whet.peers import Inputs, Missing, Peer, Run, make_peers
 from whet.progress import Progress, Silent
 from whet.runtime import Session, load
 from whet.runtime.artifact import open_artifact
-from whet.runtime.cpu import choose_variant
+from whet.runtime.cpu import choose_variant, cpu_model
 from whet.runtime.metadata import Metadata
 from whet.runtime.threads import available_cpus
 
@@ -181,14 +181,6 @@ def zeros(metadata: Metadata) -> float:
     """Share of zeros among the integer weights of dense layers, by the module's own report."""
     layers = [(r["zeros"], r["out_features"] * r["in_features"]) for r in metadata.report]
     return float(sum(z * n for z, n in layers) / max(1, sum(n for _, n in layers)))
-
-
-def cpu_model() -> str:
-    """Name of this CPU."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return " ".join(line.partition(":")[2].split())
-    return "unknown CPU"
 
 
 def interleave(

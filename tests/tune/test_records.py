@@ -3,12 +3,13 @@ import threading
 
 import pytest
 
+from whet.runtime.cpu import cpu_model
 from whet.schedules.dense import DenseSpec
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import ISAS
 from whet.tune import records as module
 from whet.tune.instance import Instance
-from whet.tune.records import Record, Records, TunedKnobs, all_records, cpu_model, file_name, generator_version, merge
+from whet.tune.records import Record, Records, TunedKnobs, all_records, file_name, generator_version, merge
 from whet.tune.report import report
 
 AVX2 = ISAS["avx2"]

@@ -46,8 +46,8 @@ def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     """Return the register blocking that measured best; ``rows`` divides ``block_rows``."""
     rows = min(spec.block_rows, 8 if isa.lanes == 16 else 4)
     if isa.lanes == 16:
-        return Blocking(rows=rows, tiles={1: 4, 2: 4, 4: 4, 8: 3}[rows], chains=16, chunk=64)
-    return Blocking(rows=rows, tiles={1: 4, 2: 2, 4: 1}[rows], chains=8, chunk=64)
+        return Blocking(rows=rows, tiles={4: 4, 8: 3}[rows], chains=16, chunk=64)
+    return Blocking(rows=rows, tiles=1, chains=8, chunk=64)
 
 
 PADDING = 2

@@ -79,8 +79,8 @@ def _dense(
         x = random.integers(0, 256, (tiles, k // QUAD, TILE, QUAD)).astype(np.uint8)
         weight = random.integers(-127, 128, (n, k)).astype(np.int8)
     if spec.weight == "i8_sparse":
-        keep = random.random((-(-n // spec.block_rows), k // QUAD)) < instance.density
-        weight *= np.repeat(np.repeat(keep, spec.block_rows, 0)[:n], QUAD, 1).astype(np.int8)
+        keep = random.random((-(-n // spec.block_rows), k // spec.block_columns)) < instance.density
+        weight *= np.repeat(np.repeat(keep, spec.block_rows, 0)[:n], spec.block_columns, 1).astype(np.int8)
     after = [] if spec.weight == "f32" else [np.full(n, 1e-5, np.float32)]
     after.append(random.normal(size=n).astype(np.float32))
     if spec.per_token:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any, TypeAlias
 
 from whet.schedules.attention import AttentionKnobs, AttentionSpec, attention
-from whet.schedules.dense import DenseSpec, dense
+from whet.schedules.dense import DenseSpec, dense, family_of
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import TILE, Isa, isa
 
@@ -68,13 +67,17 @@ class Instance:
 
     def default_knobs(self) -> Knobs:
         """What an untuned compilation takes."""
-        return _default_knobs(self.spec, isa(self.isa))
+        target = isa(self.isa)
+        if isinstance(self.spec, AttentionSpec):
+            return AttentionKnobs.default(self.spec, target)
+        knobs: Blocking = family_of(self.spec, target).default_knobs(self.spec, target)
+        return knobs
 
     def __str__(self) -> str:
         if isinstance(self.spec, AttentionSpec):
             return f"attention {self.spec.precision} {self.spec.heads} heads × {self.spec.head_size}"
         spec = self.spec
-        blocks = f" {spec.block_rows}x4 {self.density:.0%}" if spec.weight == "i8_sparse" else ""
+        blocks = f" {spec.block_rows}x{spec.block_columns} {self.density:.0%}" if spec.weight == "i8_sparse" else ""
         more = (
             [spec.activation] * (spec.activation != "none")
             + ["residual"] * spec.residual
@@ -87,13 +90,6 @@ class Instance:
 def key(instance: Instance) -> str:
     """The instance as one line of JSON, the same for equal instances."""
     return json.dumps(instance.to_json(), sort_keys=True)
-
-
-@cache
-def _default_knobs(spec: Spec, target: Isa) -> Knobs:
-    if isinstance(spec, AttentionSpec):
-        return AttentionKnobs.default(spec, target)
-    return dense(spec, target).knobs  # generates the kernel, too: only ``dense`` knows which family makes it
 
 
 def generate(instance: Instance, knobs: Knobs) -> Any:

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from whet.schedules import amx, dense_amx
+from whet.schedules import amx, dense_amx, sparse_channel_i8, sparse_low_i8
 from whet.schedules.attention import AttentionKnobs, AttentionSpec
-from whet.schedules.dense import DenseSpec
+from whet.schedules.dense import DenseSpec, family_of
 from whet.schedules.isa import Isa, isa
 from whet.tune.instance import Instance, Knobs
 
@@ -68,10 +68,15 @@ def space(instance: Instance) -> Space:
 def _dense(spec: DenseSpec, target: Isa, default: Knobs) -> dict[str, tuple[int, ...]]:
     largest = max(spec.out_features // UNITS, 1)
     chunks = tuple(c for c in (16, 32, 48, 64, 96, 128, 192, 256, 384, 512) if c <= largest)
-    if dense_amx.supports(spec, target):
+    family = family_of(spec, target)
+    if family is dense_amx:
         return {"rows": (16, 32, 48), "tiles": (1, 2, 3), "chains": (1,), "chunk": chunks}
-    if spec.weight == "i8_sparse":
-        rows = tuple(r for r in (1, 2, 4, 8, 16) if spec.block_rows % r == 0)
-    else:
-        rows = (2, 4, 6, 8, 12, 16, 24)
-    return {"rows": rows, "tiles": (1, 2, 3, 4, 5, 6, 8), "chains": (4, 8, 16, 24), "chunk": chunks}
+    tiles: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
+    rows: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24)
+    if family is sparse_channel_i8:
+        rows, tiles = (4,), tuple(t for t in tiles if t * target.parts <= sparse_channel_i8.COLUMNS)
+    elif family is sparse_low_i8:
+        rows = tuple(r for r in (1, 2, 4, 8) if r % spec.block_rows == 0)
+    elif spec.weight == "i8_sparse":
+        rows = tuple(r for r in (4, 8, 16) if spec.block_rows % r == 0)
+    return {"rows": rows, "tiles": tiles, "chains": (4, 8, 16, 24), "chunk": chunks}

@@ -40,7 +40,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 # The type checker wants the rooms where they are imported from: inside one package.
-build/types/whet: whet $(wildcard whet/*)
+build/types/whet: Makefile whet $(wildcard whet/*)
 	rm -rf build/types && mkdir -p $@
 	ln -s $(addprefix $(CURDIR)/,$(wildcard whet/*)) $@/
 	for room in passes schedules frontend runtime tune; do ln -s $(CURDIR)/$$room $@/$$room; done

@@ -5,7 +5,7 @@ reduction, unpacks, and the epilogue's vectors. The constants were fitted (non-n
 errors) to 285 timings per instruction set on an Emerald Rapids Xeon: layers of 768 × 768, 384 × 1536 and 768 × 3072,
 16 to 384 tokens, 10 %, 20 % and 40 % of the blocks of every shape and dense, weights in the last-level cache. From 64
 tokens on the medians per shape are within 8 %, the worst timings 0.7 and 1.4 times the estimate; a single tile, which
-waits for its weights, may take a third more. A cycle is 0.37 ns of that CPU; only ratios are meant to be used elsewhere.
+waits for its weights, may take a third more. A cycle is 0.37 ns of that CPU; use only ratios elsewhere.
 """
 
 from __future__ import annotations

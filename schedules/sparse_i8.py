@@ -8,6 +8,7 @@ are the dot4 of the instruction set and no activation is moved.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,20 +42,38 @@ FAR_BYTES = 96 << 10
 STEPS_AHEAD = 8
 """How far ahead of their use they are prefetched."""
 
-
-def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
-    """Return the register blocking that measured best; ``rows`` divides ``block_rows``."""
-    rows = min(spec.block_rows, 8 if isa.lanes == 16 else 4)
-    if isa.lanes == 16:
-        return Blocking(rows=rows, tiles={4: 4, 8: 3}[rows], chains=16, chunk=64)
-    return Blocking(rows=rows, tiles=1, chains=8, chunk=64)
-
-
 PADDING = 2
 """What a row group's blocks are a multiple of, so that the reduction splits into chains without a rest."""
 
 
-def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray[Any]]:
+@dataclass(frozen=True)
+class SparseBlocking(Blocking):
+    """Blocking, and how the reduction reads: blocks in order, activations wherever the blocks stand."""
+
+    ahead: int = PREFETCH_BYTES
+    """How many bytes ahead of their use blocks are prefetched."""
+    reach: int = 0
+    """How many blocks ahead of their use activations are prefetched, where there are several tiles; 0: never."""
+    unroll: int = 1
+    """Blocks of an iteration, where the reduction is not split into chains."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ahead < 0 or self.reach < 0:
+            raise ValueError(f"ahead is {self.ahead}, reach is {self.reach}; expected at least 0")
+        if self.unroll < 1 or PADDING % self.unroll:
+            raise ValueError(f"unroll is {self.unroll}; expected a divisor of {PADDING}")
+
+
+def default_knobs(spec: DenseSpec, isa: Isa) -> SparseBlocking:
+    """Return the register blocking that measured best; ``rows`` divides ``block_rows``."""
+    rows = min(spec.block_rows, 8 if isa.lanes == 16 else 4)
+    tiles, chains = ({4: 4, 8: 3}[rows], 16) if isa.lanes == 16 else (1, 8)
+    reach = STEPS_AHEAD if tiles * spec.in_features * TILE > FAR_BYTES else 0
+    return SparseBlocking(rows=rows, tiles=tiles, chains=chains, chunk=64, reach=reach)
+
+
+def pack(weight: NDArray[Any], spec: DenseSpec, knobs: SparseBlocking) -> list[NDArray[Any]]:
     """``(N, K)`` to five arrays: bounds, order, indptr, index, blocks.
 
     Whole groups are computed in ascending order of their number of blocks: the branch at the end of a reduction is
@@ -73,7 +92,7 @@ def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray
 
     bounds, order, positions, indptr = by_length(present.sum(1), spec, knobs)
     stored = max(int(indptr[-1]), 1)  # no array is empty, not even for a weight of zeros
-    index, values = np.zeros(stored + STEPS_AHEAD, _index_dtype(k)), np.zeros((stored, rows, QUAD), np.int8)
+    index, values = np.zeros(stored + knobs.reach, _index_dtype(k)), np.zeros((stored, rows, QUAD), np.int8)
     group_of, quad = np.nonzero(present[positions])
     at = indptr[group_of] + np.arange(len(quad)) - np.searchsorted(group_of, group_of)
     index[at], values[at] = quad, blocks[positions[group_of], quad]
@@ -106,7 +125,7 @@ def _balanced(work: NDArray[Any], chunks: int) -> NDArray[Any]:
     return np.searchsorted(total, np.linspace(0, total[-1], chunks + 1)).astype(np.int32)
 
 
-def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
+def kernel(spec: DenseSpec, isa: Isa, knobs: SparseBlocking) -> Any:
     """Generate the kernel; parameters as in whet.schedules.dense, packed weight as in ``pack``."""
     n, quads, block_rows, rows = spec.out_features, spec.in_features // QUAD, spec.block_rows, knobs.rows
     if block_rows % rows:
@@ -148,15 +167,24 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                         isa.dot4,
                     )
 
-                def ahead(j: Any) -> None:
-                    at = T.cast(begin + j, "int64")
-                    prefetch(words, at + PREFETCH_BYTES // (block_rows * QUAD), 0)
-                    if work.tiles * quads * TILE * QUAD > FAR_BYTES:
-                        quad = T.Bind(T.cast(index[at + STEPS_AHEAD], "int64"))
-                        for tile in range(work.tiles):
-                            prefetch(flat, base + quad * TILE + tile * (quads * TILE))
+                split = 2 * work.rows * work.tiles * isa.parts <= knobs.chains
+                together = 1 if split else knobs.unroll
 
-                accumulate(isa, knobs, work, accumulators, end - begin, step, ahead, "int32", PADDING)
+                def steps(j: Any, count: int, registers: Accumulators) -> None:
+                    for i in range(together):
+                        step(j * together + i, count, registers)
+
+                def ahead(j: Any) -> None:
+                    at = T.cast(begin + j * together, "int64")
+                    prefetch(words, at + knobs.ahead // (block_rows * QUAD), 0)
+                    if knobs.reach and work.tiles > 1:
+                        for i in range(together):
+                            quad = T.Bind(T.cast(index[at + (i + knobs.reach)], "int64"))
+                            for tile in range(work.tiles):
+                                prefetch(flat, base + quad * TILE + tile * (quads * TILE))
+
+                length = T.truncdiv(end - begin, together)
+                accumulate(isa, knobs, work, accumulators, length, steps, ahead, "int32", PADDING // together)
 
             by_length = Order(bound=lambda c: bounds[c], group=lambda position: order[position])
             loop_nest(isa, knobs, tiles, n, "int32", reduce, epilogue.emit, by_length, block_rows)

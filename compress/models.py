@@ -1,0 +1,241 @@
+"""Hugging Face encoders for training: their layers by family, loading with a head for a task, and saving.
+
+Only what the compiler imports is supported: the BERT family and DistilBERT, safetensors, a fast tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .recipe import Task
+
+AUTO = {
+    "embedding": "AutoModel",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+}
+"""The class of transformers that has the task's head."""
+ENDINGS = {
+    "embedding": "Model",
+    "sequence_classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "question_answering": "ForQuestionAnswering",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of an encoder stand in its transformers model, from a layer on."""
+
+    layers: str
+    groups: tuple[tuple[str, ...], ...]
+    """The dense layers in the order of their inputs; those of a group share one. The first are query, key, value."""
+    residual: dict[str, str | None]
+    """Dense layers whose output is added to something: the dense layer whose input that is, or None for the layer's."""
+
+
+FAMILIES = {
+    "bert": Family(
+        layers="encoder.layer",
+        groups=(
+            ("attention.self.query", "attention.self.key", "attention.self.value"),
+            ("attention.output.dense",),
+            ("intermediate.dense",),
+            ("output.dense",),
+        ),
+        residual={"attention.output.dense": "attention.self.query", "output.dense": "intermediate.dense"},
+    ),
+    "distilbert": Family(
+        layers="transformer.layer",
+        groups=(
+            ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+            ("attention.out_lin",),
+            ("ffn.lin1",),
+            ("ffn.lin2",),
+        ),
+        residual={"attention.out_lin": "attention.q_lin", "ffn.lin2": "ffn.lin1"},
+    ),
+}
+
+
+@dataclass
+class Encoder:
+    """A transformers model in training, and what it was loaded from."""
+
+    model: nn.Module
+    family: Family
+    tokenizer: Any
+    """A ``tokenizers.Tokenizer`` without padding and truncation."""
+    task: Task
+    folder: Path
+    """The Hugging Face folder, of a sentence-transformers folder the inner one."""
+    root: Path
+    """The folder that was named."""
+    pooling: str = ""
+    labels: tuple[str, ...] = field(default=())
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The transformer layers in order."""
+        return list(self.model.base_model.get_submodule(self.family.layers))  # type: ignore[operator]
+
+    @property
+    def dense(self) -> dict[str, nn.Linear]:
+        """The dense layers that may be pruned: all of the transformer layers, by name."""
+        found = {}
+        for i, layer in enumerate(self.layers):
+            for name in (name for group in self.family.groups for name in group):
+                found[f"{i}.{name}"] = layer.get_submodule(name)
+        return found  # type: ignore[return-value]
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a layer."""
+        return int(self.model.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def positions(self) -> int:
+        """Most tokens of a request."""
+        return int(self.model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+
+    def pool(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings ``(batch, channels)`` of length 1 from states ``(batch, tokens, channels)``."""
+        if self.pooling == "cls":
+            pooled = states[:, 0]
+        elif self.pooling == "max":
+            pooled = states.masked_fill(~mask.bool()[..., None], -torch.inf).amax(1)
+        else:
+            weight = mask[..., None].to(states.dtype)
+            pooled = (states * weight).sum(1) / weight.sum(1)
+        return nn.functional.normalize(pooled.float(), dim=-1)
+
+    def save(self, output: Path) -> None:
+        """Write a folder like the one this was loaded from, with these weights."""
+        ignore = shutil.ignore_patterns(
+            "*.safetensors*", "*.bin", "*.onnx", "*.h5", "*.ot", "*.msgpack", "README.md", ".*"
+        )
+        shutil.copytree(self.root, output, ignore=ignore, dirs_exist_ok=True)
+        self.model.save_pretrained(output / self.folder.relative_to(self.root))  # type: ignore[operator]
+
+
+def load_encoder(folder: str | Path, task: Task, labels: Sequence[str] = ()) -> Encoder:
+    """Load a Hugging Face or sentence-transformers folder with the head for ``task``, in evaluation mode.
+
+    A head that the folder does not have is made new, with ``labels``, by the seed that is set; one that it has keeps
+    its own labels. There is no dropout: a sparse model hardly overfits, and a distilled one should answer like its
+    teacher. Raises ValueError where the model is of a family that the compiler does not know, or FileNotFoundError.
+    """
+    import transformers  # noqa: PLC0415 -- takes seconds
+
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; expected a Hugging Face model with config.json")
+    inner = root / _transformer_path(root)
+    if not (inner / "config.json").is_file():
+        raise FileNotFoundError(f"{inner} has no config.json; expected a Hugging Face model folder")
+    config = transformers.AutoConfig.from_pretrained(inner, local_files_only=True)
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{inner} is a {config.model_type} model; supported: {', '.join(FAMILIES)}")
+    options: dict[str, Any] = {}
+    if task.endswith("classification"):
+        if has_head(root, task):
+            labels = [config.id2label[i] for i in range(len(config.id2label))]
+        elif len(labels) < 2:
+            raise ValueError(f"{root} has no head for {task}; give training data with labels")
+        options = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = getattr(transformers, AUTO[task]).from_pretrained(
+        inner,
+        attn_implementation="eager",  # the fused one's backward takes several times as long on a CPU
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        **options,
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inner, local_files_only=True, use_fast=True)
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    pooling = _pooling(root) if task == "embedding" else ""
+    return Encoder(model.eval(), FAMILIES[config.model_type], backend, task, inner, root, pooling, tuple(labels))
+
+
+def has_head(folder: str | Path, task: Task) -> bool:
+    """Whether the folder's model was made for ``task``."""
+    root = Path(folder)
+    path = root / _transformer_path(root) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{root} has no config.json; expected a Hugging Face model folder")
+    architecture = str((json.loads(path.read_text(encoding="utf-8")).get("architectures") or ["Model"])[0])
+    return architecture.endswith(ENDINGS[task])
+
+
+def _transformer_path(root: Path) -> str:
+    """Where a sentence-transformers folder keeps its transformer."""
+    modules = root / "modules.json"
+    if not modules.is_file():
+        return "."
+    listed = sorted(json.loads(modules.read_text(encoding="utf-8")), key=lambda module: int(module["idx"]))
+    if unknown := [
+        m["type"] for m in listed if m["type"].rpartition(".")[2] not in ("Transformer", "Pooling", "Normalize")
+    ]:
+        raise ValueError(f"{modules}: {unknown[0]} is not supported; expected Transformer, Pooling and Normalize")
+    return str(listed[0]["path"]) or "."
+
+
+def _pooling(root: Path) -> str:
+    """``mean``, ``cls`` or ``max`` of a sentence-transformers folder; mean where there is none."""
+    for path in sorted(root.glob("*_Pooling/config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        mode = config.get("pooling_mode")
+        if mode is None:
+            fields = {
+                "pooling_mode_cls_token": "cls",
+                "pooling_mode_max_tokens": "max",
+                "pooling_mode_mean_tokens": "mean",
+            }
+            modes = [name for field, name in fields.items() if config.get(field)]
+            mode = modes[0] if len(modes) == 1 else modes
+        if mode not in ("mean", "cls", "max"):
+            raise ValueError(f"{path}: pooling_mode is {mode!r}; supported: mean, cls, max")
+        return str(mode)
+    return "mean"
+
+
+class Recorder:
+    """What the layers of an encoder compute, noted while it runs: ``states`` per layer, and of some the projections."""
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+        self.relations: list[Tensor] = []
+
+
+@contextmanager
+def record(encoder: Encoder, relations: bool = False) -> Iterator[Recorder]:
+    """Note each layer's output, and with ``relations`` the last layer's queries, keys and values."""
+    recorder = Recorder()
+
+    def note(into: list[Tensor]) -> Any:
+        return lambda _module, _inputs, output: into.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(note(recorder.states)) for layer in encoder.layers]
+    if relations:
+        last = encoder.layers[-1]
+        names = encoder.family.groups[0]
+        handles += [last.get_submodule(name).register_forward_hook(note(recorder.relations)) for name in names]
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()

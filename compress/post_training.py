@@ -1,0 +1,153 @@
+"""Prune a whole encoder without labels or training: layer after layer, each given what the pruned ones before it make.
+
+Every dense layer is reconstructed (:mod:`.reconstruct`) from calibration texts so that its output, with the residual
+it is added to, comes close to the dense model's, whatever the pruned layers before it have lost: their errors are
+corrected on the way, which SparseGPT's layer-wise targets do not do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Block
+from .models import Encoder
+from .reconstruct import Moments, reconstruct
+
+Advance = Callable[[int], None]
+Batch = Mapping[str, Tensor]
+
+
+def prune_post_training(
+    student: Encoder,
+    teacher: Encoder,
+    batches: Sequence[Batch],
+    block: Block,
+    sparsity: Mapping[str, float],
+    damping: float,
+    advance: Advance = lambda done: None,
+) -> dict[str, float]:
+    """Prune the student in place to the share of blocks that ``sparsity`` names for each dense layer.
+
+    ``batches`` are calibration texts as the models take them: ``input_ids``, ``attention_mask`` and the like. A layer
+    that whole blocks do not cover stays as it is, and so does one that ``sparsity`` leaves out. Returns the relative
+    squared error of each pruned layer's output. ``advance`` is told the number of dense layers done.
+    """
+    with torch.no_grad():
+        return _prune(student, teacher, batches, block, sparsity, damping, advance)
+
+
+def _prune(
+    student: Encoder,
+    teacher: Encoder,
+    batches: Sequence[Batch],
+    block: Block,
+    sparsity: Mapping[str, float],
+    damping: float,
+    advance: Advance,
+) -> dict[str, float]:
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    calls = [(_first_call(student, batch), _first_call(teacher, batch)) for batch in batches]
+    errors: dict[str, float] = {}
+    done = 0
+    for i, (layer, wanted) in enumerate(zip(student.layers, teacher.layers, strict=True)):
+        for group in student.family.groups:
+            moments = _moments(layer, wanted, group, student.family.residual, calls, masks)
+            for name in group:
+                dense = layer.get_submodule(name)
+                full = f"{i}.{name}"
+                if full in sparsity and block.divides(dense.weight):
+                    made = reconstruct(dense.weight, moments[name], block, sparsity[full], damping)
+                    dense.weight.copy_(made.weight)
+                    dense.bias.copy_(made.bias)
+                    errors[full] = made.error
+                done += 1
+                advance(done)
+        calls = [(_next_call(layer, own), _next_call(wanted, other)) for own, other in calls]
+    return errors
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _first_call(encoder: Encoder, batch: Batch) -> Call:
+    """What the first layer is called with."""
+    found: list[Call] = []
+
+    class _Enough(Exception):
+        pass
+
+    def take(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+        raise _Enough
+
+    handle = encoder.layers[0].register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        encoder.model.base_model(**inputs_of(batch))
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def inputs_of(batch: Batch) -> dict[str, Tensor]:
+    """The part of a batch that an encoder takes."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+
+
+def _next_call(layer: nn.Module, call: Call) -> Call:
+    args, kwargs = call
+    return (_run(layer, call), *args[1:]), kwargs
+
+
+def _run(layer: nn.Module, call: Call) -> Tensor:
+    output = layer(*call[0], **call[1])
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _moments(
+    layer: nn.Module,
+    wanted: nn.Module,
+    group: tuple[str, ...],
+    residuals: Mapping[str, str | None],
+    calls: Sequence[tuple[Call, Call]],
+    masks: Sequence[Tensor],
+) -> dict[str, Moments]:
+    """Of each dense layer of a group: its input in the pruned model, and what it should add to its residual."""
+    found: dict[str, Moments] = {}
+    sources = {name: residuals.get(name) for name in group}
+    names = {*group, *(source for source in sources.values() if source)}
+    for (own, other), mask in zip(calls, masks, strict=True):
+        with _taps(layer, names) as mine:
+            _run(layer, own)
+        with _taps(wanted, names) as theirs:
+            _run(wanted, other)
+        for name in group:
+            x, target = mine[name][0][mask], theirs[name][1][mask]
+            if source := sources[name]:
+                target = target + theirs[source][0][mask] - mine[source][0][mask]
+            if name not in found:
+                found[name] = Moments(x.shape[1], target.shape[1], x.device)
+            found[name].add(x, target)
+    return found
+
+
+@contextmanager
+def _taps(layer: nn.Module, names: set[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Input and output of these dense layers in the next run."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def tap(name: str) -> Any:
+        return lambda _module, inputs, output: seen.__setitem__(name, (inputs[0], output))
+
+    handles = [layer.get_submodule(name).register_forward_hook(tap(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,187 @@
+"""Run a recipe: read and check the data, load the models, prune and train, write a Hugging Face folder."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whet.datasets import LabelledText, Text
+from whet.progress import Progress
+
+from .data import Example, all_labels, check_examples, hold_out, read_examples, texts_of
+from .features import in_order, make_features
+from .models import Encoder, has_head, load_encoder
+from .pruner import Pruner
+from .recipe import Recipe
+from .scores import Scorer
+from .train import append, device, train
+
+HELD_OUT = 0.05
+"""Share of the training data that is scored, where no development data is given."""
+MOST_SCORED = 2000
+"""Held-out rows are at most so many."""
+TEXTS = 256
+"""Training texts given on, for calibration."""
+RECIPE, LOG, CHECKPOINT = "recipe.toml", "training.jsonl", "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What was made."""
+
+    output: Path
+    sparsity: float
+    """Share of zero blocks in the dense layers of the encoder."""
+    score: float
+    """On the development data."""
+    score_name: str
+    before: float
+    """The model's as it was; with a new head, by chance."""
+    seconds: float
+    errors: dict[str, float]
+    """Relative squared error of each layer's output after reconstruction."""
+    development: Sequence[Example]
+    texts: Sequence[Text]
+    """Some training texts."""
+
+
+def work_folder(output: Path) -> Path:
+    """Where a compression keeps its state until ``output`` is complete."""
+    return output.with_name(output.name + ".partial")
+
+
+def run_recipe(
+    recipe: Recipe,
+    output: Path,
+    progress: Progress,
+    log: Callable[[str], None],
+    finish: Callable[[Path, Compressed], None] = lambda folder, made: None,
+) -> Compressed:
+    """Make the model of ``recipe``; the folder ``output`` appears when it is complete.
+
+    A run that was interrupted continues if it is called again with the same recipe. ``log`` gets a line for people at
+    every evaluation; ``finish`` may add to the folder before it gets its name.
+
+    Raises:
+        ValueError: the data or the recipe can't be used; said before any training.
+        FileExistsError: ``output`` exists, or an unfinished run of another recipe.
+
+    """
+    began = time.perf_counter()
+    work = _open_work(recipe, output)
+    torch.manual_seed(recipe.seed)
+    with progress.phase("read data"):
+        training, development = _examples(recipe)
+    with progress.phase("load models"):
+        student, teacher, reference = _models(recipe, training)
+    with progress.phase("tokenise"):
+        features = make_features(student, training, recipe.data.max_length)
+        if not features:
+            raise ValueError("no training row fits data.max_length; raise it")
+        sample = random.Random(recipe.seed).sample(features, min(recipe.pruning.calibration, len(features)))
+        calibration = [batch for _, batch in in_order(sample, 64, student)]
+    with progress.phase("score the model as it is"):
+        scorer = Scorer(student, development, reference, recipe.data.max_length)
+        before = scorer(student)
+    pruner = Pruner(student, reference, recipe.pruning, recipe.training.steps, calibration)
+    log(f"{scorer.name} as it is: {before:.4f}")
+
+    def note(record: dict[str, Any]) -> None:
+        append(work / LOG, record)
+        parts = ", ".join(f"{name} {value:.4f}" for name, value in record["loss"].items())
+        log(
+            f"step {record['step']} of {recipe.training.steps}: loss {parts}; sparsity {record['sparsity']:.1%}; "
+            f"{scorer.name} {record['score']:.4f}; {record['seconds_left'] // 60} min left"
+        )
+
+    train(student, teacher, features, pruner, scorer, recipe, work / CHECKPOINT, progress, note)
+    with progress.phase("score"):
+        score = scorer(student)
+    folder = work / "model"
+    with progress.phase("save"):
+        student.save(folder)
+        shutil.copy(work / RECIPE, folder / RECIPE)
+        if (work / LOG).exists():
+            shutil.copy(work / LOG, folder / LOG)
+    took = time.perf_counter() - began
+    texts = texts_of(random.Random(recipe.seed).sample(training, min(TEXTS, len(training))))
+    made = Compressed(output, pruner.sparsity, score, scorer.name, before, took, pruner.errors, development, texts)
+    finish(folder, made)
+    folder.rename(output)
+    shutil.rmtree(work)
+    return made
+
+
+def _open_work(recipe: Recipe, output: Path) -> Path:
+    if output.exists():
+        raise FileExistsError(f"{output} exists; name another folder, or remove it")
+    work = work_folder(output)
+    if work.exists() and (work / RECIPE).is_file():
+        if (work / RECIPE).read_text(encoding="utf-8") != recipe.to_toml():
+            raise FileExistsError(
+                f"{work} holds an unfinished run of another recipe; finish it with --recipe {work / RECIPE}, "
+                "or remove it"
+            )
+        return work
+    work.mkdir(parents=True, exist_ok=True)
+    (work / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+    return work
+
+
+def _examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    data = recipe.data
+    training = read_examples(data.train, recipe.task, data.format, data.columns, data.limit)
+    if recipe.task == "sequence_classification":
+        training = [e for e in training if isinstance(e, LabelledText)]
+    check_examples(training, recipe.task, ", ".join(data.train))
+    if data.development:
+        return training, read_examples(data.development, recipe.task, data.development_format, data.columns)
+    training, development = hold_out(training, HELD_OUT, recipe.seed)
+    return training, development[:MOST_SCORED]
+
+
+def _models(recipe: Recipe, training: list[Example]) -> tuple[Encoder, Encoder | None, Encoder]:
+    """Student, teacher, and the dense model that the student's layers are compared with."""
+    labels = all_labels(training)
+    student = load_encoder(recipe.model, recipe.task, labels)
+    teacher = None
+    if recipe.teacher:
+        if not has_head(recipe.teacher, recipe.task):
+            raise ValueError(f"the teacher {recipe.teacher} has no head for {recipe.task}; fine-tune it first")
+        teacher = load_encoder(recipe.teacher, recipe.task)
+        _check_teacher(student, teacher, recipe)
+    torch.manual_seed(recipe.seed)
+    reference = (
+        teacher if recipe.teacher == recipe.model and teacher else load_encoder(recipe.model, recipe.task, labels)
+    )
+    for encoder in (student, teacher, reference):
+        if encoder is not None:
+            encoder.model.to(device())
+    return student, teacher, reference
+
+
+def _check_teacher(student: Encoder, teacher: Encoder, recipe: Recipe) -> None:
+    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise ValueError(
+            f"the teacher {recipe.teacher} has another vocabulary than {recipe.model}; they must share one"
+        )
+    if student.labels != teacher.labels:
+        raise ValueError(f"the teacher {recipe.teacher} has other labels than {recipe.model}")
+    own, other = (
+        (len(e.layers), int(e.model.config.hidden_size))  # type: ignore[union-attr, arg-type]
+        for e in (student, teacher)
+    )
+    if own[1] != other[1] and recipe.task == "embedding":
+        raise ValueError(f"the teacher's embeddings have {other[1]} channels, the model's {own[1]}; they must be equal")
+    if own != other and recipe.distillation.states:
+        raise ValueError(
+            f"the teacher has {other[0]} layers of {other[1]} channels, the model {own[0]} of {own[1]}: "
+            "set distillation.states to 0"
+        )

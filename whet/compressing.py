@@ -1,0 +1,340 @@
+"""Compress a model: what ``whet compress`` runs. Prunes and trains by a recipe, then measures what came of it.
+
+>>> from whet.compressing import Recipe, compress
+>>> compress(Recipe(model="path/to/model", task="embedding", data=Data(train=("texts.txt",))), "sparse")
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from whet.bench import bench
+from whet.compiler import compile
+from whet.compress.blocks import Block
+from whet.compress.recipe import Data, Distillation, Pruning, Recipe, Training, parse_value
+from whet.datasets import Dataset, LabelledText, Question, Row, ScoredPair, Text, read_dataset
+from whet.evaluate import evaluate
+from whet.progress import Progress, Silent
+from whet.runtime import load
+from whet.runtime.cpu import cpu_model
+
+if TYPE_CHECKING:
+    from whet.compress.data import Example
+    from whet.compress.run import Compressed
+
+__all__ = [
+    "CompressionReport",
+    "Data",
+    "Distillation",
+    "Measured",
+    "Pruning",
+    "Recipe",
+    "Training",
+    "compress",
+    "make_recipe",
+]
+
+SEQUENCES = (32, 128)
+"""Tokens per request of the latencies."""
+CALIBRATION = 256
+"""Training texts that the int8 scales are calibrated with."""
+RESULTS = "measured.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One compiled module."""
+
+    model: str
+    """``dense`` or ``sparse``."""
+    precision: str
+    scores: dict[str, float]
+    milliseconds: dict[int, float]
+    """Median of one request on one thread, by its tokens."""
+    size: int
+    """Bytes of the module."""
+    zeros: float
+    """Share of zeros in the dense layers, of int8 modules."""
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What was made, and what it is worth."""
+
+    output: str
+    sparsity: float
+    score: float
+    """In torch, on the development data; ``before`` is the model's as it was."""
+    score_name: str
+    before: float
+    seconds: float
+    cpu: str
+    data: str
+    """What the measured scores are on."""
+    measured: tuple[Measured, ...] = ()
+
+    def to_json(self) -> str:
+        """The report as one JSON object."""
+        return json.dumps(asdict(self), indent=1)
+
+    def table(self) -> str:
+        """The measured modules as a Markdown table; empty where none was measured."""
+        if not self.measured:
+            return ""
+        names = list(self.measured[0].scores)
+        lengths = list(self.measured[0].milliseconds)
+        head = ["", *names, *(f"ms at {n} tokens" for n in lengths), "MB"]
+        lines = [" | ".join(head), " | ".join(["---"] * len(head))]
+        for m in self.measured:
+            zeros = f" ({m.zeros:.0%} zeros)" if m.precision == "int8" else ""
+            cells = [f"{m.model} {m.precision}{zeros}", *(f"{m.scores[name]:.4f}" for name in names)]
+            cells += [*(f"{m.milliseconds[n]:.3f}" for n in lengths), f"{m.size / 1e6:.1f}"]
+            lines.append(" | ".join(cells))
+        return "\n".join(f"| {line} |" for line in lines)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.output}: {self.sparsity:.1%} of the blocks are zero, in {self.seconds:.0f} s; "
+            f"{self.score_name} {self.score:.4f} on the development data, {self.before:.4f} as it was"
+        ]
+        if self.measured:
+            lines += [f"on {self.data}, one thread of {self.cpu}:", self.table()]
+        return "\n".join(lines)
+
+
+def compress(
+    recipe: Recipe,
+    output: str | PathLike[str],
+    *,
+    test: str | PathLike[str] | None = None,
+    test_format: str = "",
+    measure: bool = True,
+    progress: Progress | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> CompressionReport:
+    """Prune and train the model of ``recipe``, and write an ordinary Hugging Face folder.
+
+    The folder holds the weights, configuration and tokenizer, the recipe, the log of the training, and a model card
+    with what was measured. It appears when all is done; until then the state is in ``output`` with the ending
+    ``.partial``, and the same call continues an interrupted one, to the same weights.
+
+    Args:
+        recipe: everything that decides what is made.
+        output: the folder to write; it must not exist.
+        test: labelled data that neither training nor recipe has seen; default: the development data.
+        test_format: of ``test``, by default told by its ending.
+        measure: compile the dense and the sparse model as fp32 and int8, score and time them.
+        progress: told of every phase.
+        log: gets a line for people at every evaluation.
+
+    Raises:
+        ValueError: the recipe or the data can't be used.
+        FileExistsError: ``output`` exists, or an unfinished run of another recipe.
+        ImportError: torch or transformers is missing.
+
+    """
+    try:
+        from whet.compress.run import run_recipe  # noqa: PLC0415 -- torch takes seconds
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] in ("torch", "transformers"):
+            raise ImportError(
+                f"compressing needs {error.name}, which is not installed: "
+                "pip install '.[compile,compress]' in a clone of Whet"
+            ) from error
+        raise
+    progress = progress or Silent()
+    reports: list[CompressionReport] = []
+    rows = _test_rows(recipe, test, test_format) if measure and test is not None else None
+
+    def finish(folder: Path, made: Compressed) -> None:
+        measured: tuple[Measured, ...] = ()
+        if measure:
+            data = rows if rows is not None else _rows(made.development)
+            measured = _measure(recipe, folder, data, made.texts, progress)
+        report = CompressionReport(
+            output=str(output),
+            sparsity=made.sparsity,
+            score=made.score,
+            score_name=made.score_name,
+            before=made.before,
+            seconds=made.seconds,
+            cpu=cpu_model(),
+            data=str(test) if test is not None else "the development data",
+            measured=measured,
+        )
+        (folder / RESULTS).write_text(report.to_json() + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(recipe, report), encoding="utf-8")
+        reports.append(report)
+
+    run_recipe(recipe, Path(output), progress, log, finish)
+    return reports[0]
+
+
+PLACES = {
+    "data": ("data", "train"),
+    "development": ("data", "development"),
+    "format": ("data", "format"),
+    "sparsity": ("pruning", "sparsity"),
+    "block": ("pruning", "block"),
+    "method": ("pruning", "method"),
+    "steps": ("training", "steps"),
+}
+"""Where the options that have a name of their own stand in a recipe."""
+
+
+def make_recipe(
+    base: str | PathLike[str] | None = None, options: Mapping[str, Any] | None = None, fields: Sequence[str] = ()
+) -> Recipe:
+    """Make a recipe of a file, or of defaults for the task, with some fields changed.
+
+    Args:
+        base: a recipe file.
+        options: ``model``, ``task``, ``teacher``, ``seed``, and those of ``PLACES``.
+        fields: ``table.field=value`` each, with the value as in TOML (quotes may be left out).
+
+    Without ``base``, the teacher is by default the model itself where it has a head for the task, the labels count
+    where there are any, and methods that choose blocks by size or gradient do so in 20 updates.
+
+    Raises:
+        ValueError: a field is unknown, missing or wrong.
+
+    """
+    table: dict[str, Any] = Recipe.read(Path(base)).to_table() if base is not None else {}
+    for name, value in (options or {}).items():
+        *path, last = PLACES.get(name, (name,))
+        place = table
+        for step in path:
+            place = place.setdefault(step, {})
+        place[last] = list(value) if isinstance(value, list | tuple) else value
+    for text in fields:
+        _set(table, text)
+    if base is None:
+        _defaults(table)
+    return Recipe.from_table(table)
+
+
+def _set(table: dict[str, Any], text: str) -> None:
+    name, equals, value = text.partition("=")
+    *path, last = name.strip().split(".")
+    if not equals or not last:
+        raise ValueError(f"{text!r} is no field of a recipe; expected table.field=value")
+    for step in path:
+        table = table.setdefault(step, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"{name} is no field of a recipe: {step} is no table")
+    table[last] = parse_value(value)
+
+
+def _defaults(table: dict[str, Any]) -> None:
+    """Fill in what depends on the task and the model."""
+    for name in ("model", "task"):
+        if not table.get(name):
+            raise ValueError(f"no {name} is given; name it, or a recipe")
+    pruning, distillation = table.setdefault("pruning", {}), table.setdefault("distillation", {})
+    if table["task"] != "embedding":
+        distillation.setdefault("labels", 1.0)
+    if pruning.get("method") in ("magnitude", "movement", "snip_momentum"):
+        pruning.setdefault("updates", 20)
+    if "teacher" not in table:
+        from whet.compress.models import has_head  # noqa: PLC0415 -- torch takes seconds
+
+        table["teacher"] = table["model"] if has_head(table["model"], table["task"]) else ""
+
+
+def _test_rows(recipe: Recipe, test: str | PathLike[str], format: str) -> list[Row]:
+    from whet.compress.data import SUFFIXES, read_examples  # noqa: PLC0415
+
+    kind = format or SUFFIXES.get(Path(test).suffix, "")
+    if recipe.task == "question_answering":
+        return list(read_dataset(test, kind).rows)
+    rows = _rows(read_examples([str(test)], recipe.task, kind, recipe.data.columns))
+    if not rows and recipe.task != "token_classification":
+        raise ValueError(f"{test} holds no rows that {recipe.task} is scored by")
+    return rows
+
+
+def _rows(examples: Sequence[Example]) -> list[Row]:
+    """The examples that :mod:`whet.evaluate` scores."""
+    from whet.compress.data import Span  # noqa: PLC0415
+
+    rows: list[Row] = []
+    for i, e in enumerate(examples):
+        if isinstance(e, LabelledText) or (isinstance(e, ScoredPair) and not math.isnan(e.score)):
+            rows.append(e)
+        elif isinstance(e, Span):
+            rows.append(Question(str(i), e.question, e.context, (e.context[e.start : e.end],)))
+    return rows
+
+
+def _measure(
+    recipe: Recipe, folder: Path, rows: Sequence[Row], texts: Sequence[Text], progress: Progress
+) -> tuple[Measured, ...]:
+    """Compile, score and time the dense and the sparse model."""
+    from whet.compress.models import has_head  # noqa: PLC0415
+
+    models = {"sparse" if recipe.pruning.sparsity else "fine-tuned": folder}
+    if has_head(recipe.model, recipe.task):
+        models = {"dense": Path(recipe.model), **models}
+    pooling: Any = "mean" if recipe.task == "embedding" and not (folder / "modules.json").is_file() else None
+    found = []
+    with TemporaryDirectory(prefix="whet-compress-") as scratch:
+        for name, source in models.items():
+            for precision in ("fp32", "int8"):
+                module = Path(scratch) / f"{name}-{precision}.so"
+                options: dict[str, Any] = {"calibration": list(texts[:CALIBRATION])} if precision == "int8" else {}
+                with progress.phase(f"compile {name} {precision}"):
+                    report = compile(source, module, precision, pooling=pooling, **options)  # type: ignore[arg-type]
+                scores = evaluate(load(module, 1), Dataset(rows), progress).scores if rows else {}
+                times = bench(module, sequences=SEQUENCES, progress=progress).timings
+                zeros = [(c.zeros, c.out_features * c.in_features) for c in report.layers]
+                found.append(
+                    Measured(
+                        model=name,
+                        precision=precision,
+                        scores=scores,
+                        milliseconds={t.sequence: t.median_ms for t in times},
+                        size=report.size,
+                        zeros=sum(z * n for z, n in zeros) / max(1, sum(n for _, n in zeros)),
+                    )
+                )
+    return tuple(found)
+
+
+def _card(recipe: Recipe, report: CompressionReport) -> str:
+    """The model card: what it is, what it scores, how it was made."""
+    block = Block.parse(recipe.pruning.block)
+    name = Path(recipe.model).resolve().name
+    kept = f"{report.sparsity:.1%} of the {block.rows} × 4 blocks of its encoder's dense layers are zero"
+    lines = [
+        f"# {Path(report.output).name}",
+        "",
+        f"Made of {name} by `whet compress`; {kept}. An ordinary Hugging Face folder: `transformers` loads it, and",
+        "`whet compile` makes a module of it that skips the zeros.",
+        "",
+    ]
+    if report.measured:
+        lines += [
+            f"Scores on {report.data}; median milliseconds of one request on one thread of {report.cpu}; size of the "
+            "compiled module. Scores are shares, those of answers points of 100.",
+            "",
+            report.table(),
+            "",
+        ]
+    lines += [
+        f"{report.score_name} in torch on the development data: {report.score:.4f}; {report.before:.4f} as it was.",
+        "",
+        "The same again: `whet compress --recipe recipe.toml -o OUT`. The recipe:",
+        "",
+        "```toml",
+        recipe.to_toml().rstrip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -110,7 +110,7 @@ std::string WhyNot(const json::Array& required) {
     std::string flag = value.cast<ffi::String>();
     if (flags.count(flag) == 0) return "this CPU lacks " + flag;
     // Linux keeps the AMX tile registers from a process until it asks (arch_prctl, ARCH_REQ_XCOMP_PERM).
-    if (flag == "amx_int8" && syscall(SYS_arch_prctl, 0x1023, 18) != 0) return "the kernel refuses the AMX registers";
+    if (flag == "amx_tile" && syscall(SYS_arch_prctl, 0x1023, 18) != 0) return "the kernel refuses the AMX registers";
   }
   return "";
 }

@@ -5,6 +5,7 @@ Layouts (every value's type says which one it has):
 * *tiles*: float32 ``(tiles, channels, 16)``. The tokens of all requests of a batch stand one after the other with no
   padding between them; 16 consecutive tokens are one tile, and the last tile is filled up. Tokens are the vector lanes.
 * *quads*: uint8 or int8 ``(tiles, channels / 4, 16, 4)``: what one VNNI instruction multiplies, 16 tokens × 4 channels.
+* *pairs*: bfloat16 (its bits as uint16) ``(tiles, channels / 2, 16, 2)``: likewise, 16 tokens × 2 channels.
 * *segments*: int32 ``(groups, 16, 2)``: first token and length of each request; unused entries have length 0. A value
   with one column per request has the tiles layout too, ``(groups, channels, 16)``.
 
@@ -131,7 +132,7 @@ def dense(
 
     Tiles ``(t, K, 16)``, weight ``(N, K)``, bias ``(N,)``, and optionally tiles ``(t, N, 16)``, to the last of these.
     ``quantise`` adds the attributes ``x_scale``, ``x_zero`` or ``per_token``; ``choose_kernels`` adds ``block_rows``
-    and ``block_columns``.
+    and ``block_columns``; ``round_to_bf16`` adds ``bf16``.
     """
     _check("activation", activation, Activation)
     args = [x, weight, bias] if residual is None else [x, weight, bias, residual]

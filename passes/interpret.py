@@ -19,6 +19,8 @@ import tvm
 from tvm import relax
 from tvm.ir.expr import GenericConst
 
+from whet.schedules import bfloat16
+
 from .dialect import PREFIX
 from .graph import Graph, arguments, attributes
 
@@ -166,9 +168,12 @@ def _dense(
     x_scale: float | None = None,
     x_zero: int = 0,
     per_token: bool = False,
+    bf16: bool = False,
     **_choice: Any,
 ) -> Rows:
-    if per_token:
+    if bf16:
+        x, weight = bfloat16.rounded(x), bfloat16.rounded(weight)
+    elif per_token:
         low, high = np.minimum(x.min(1, keepdims=True), 0), np.maximum(x.max(1, keepdims=True), 0)
         scale = np.maximum((high - low) / 255, 1e-8)
         x = _rounded(x, scale, np.rint(-low / scale), 0, 255)

@@ -3,9 +3,9 @@
 Before: the dialect after all other passes. After: ``main`` holds nothing but ``call_tir`` of functions made by
 ``whet.schedules``; its parameters are the four inputs and, after them, one tuple of packed weights.
 
-A value can exist in several forms: float32 tiles, quads with a scale and zero point, quads with a scale per token, or
-Q, K and V apart. Which forms a value needs follows from who reads it, so the layer before makes the form that the layer
-after wants, and no conversion runs that nothing asked for.
+A value can exist in several forms: float32 tiles, pairs of bfloat16, quads with a scale and zero point, quads with a
+scale per token, or Q, K and V apart. Which forms a value needs follows from who reads it, so the layer before makes the
+form that the layer after wants, and no conversion runs that nothing asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 from tvm import IRModule, relax, tirx
 
 from whet.schedules.attention import AttentionSpec, attention
-from whet.schedules.dense import DenseSpec, Output, dense
+from whet.schedules.bfloat16 import to_bits
+from whet.schedules.dense import DenseSpec, Output, Weight, dense
 from whet.schedules.elementwise import ActivateSpec, AddSpec, Quantization, QuantizeSpec, elementwise
 from whet.schedules.embed import EmbedSpec, embed
 from whet.schedules.isa import Isa
@@ -32,11 +33,13 @@ from .dialect import TILE, shape_of
 from .graph import Graph, attributes, is_call, weight_of
 
 Array: TypeAlias = np.ndarray[Any, Any]
-Form: TypeAlias = Literal["tiles", "quads", "dynamic", "heads"]
+Form: TypeAlias = Literal["tiles", "pairs", "quads", "dynamic", "heads"]
 Tuned: TypeAlias = Callable[[DenseSpec | AttentionSpec, Isa, float], Any]
 """Asked once for every use of a kernel that has knobs, with the share of its blocks that hold anything (1 if it is not
 sparse): returns the knobs to generate it with, or None for its defaults."""
-MADE: dict[Form, Quantization] = {"quads": "static", "dynamic": "per_token"}
+MADE: dict[Form, Quantization] = {"pairs": "bf16", "quads": "static", "dynamic": "per_token"}
+WEIGHTS: dict[Form, Weight] = {"tiles": "f32", "pairs": "bf16", "quads": "i8", "dynamic": "i8"}
+"""How the weight is stored that multiplies an input of this form."""
 
 Q_ZERO = 128
 """Zero point of Q, which is unsigned; K and V are signed."""
@@ -51,9 +54,9 @@ class Demand:
     zero: int = 0
 
     @property
-    def integer(self) -> Form | None:
-        """The quads form among them; a value has at most one."""
-        return next((f for f in ("quads", "dynamic") if f in self.forms), None)
+    def rounded(self) -> Form | None:
+        """The form among them that dense layers multiply, if it is not tiles; a value has at most one."""
+        return next((f for f in MADE if f in self.forms), None)
 
     @property
     def requant(self) -> Array:
@@ -135,7 +138,7 @@ class _Lowering:
             channels=word[0].shape[1],
             eps=float(attributes(call)["eps"]),
             table="i8" if integer else "f32",
-            quantize=MADE[demand.integer] if demand.integer else "none",
+            quantize=MADE[demand.rounded] if demand.rounded else "none",
         )
         inputs = [self.tiles(a) for a in call.args[:3]]
         weights = [*word, position, token_type, gamma, beta, *self.requant(demand)]
@@ -146,7 +149,7 @@ class _Lowering:
         spec = LayerNormSpec(
             channels=shape_of(var)[1],
             eps=float(attributes(call)["eps"]),
-            quantize=MADE[demand.integer] if demand.integer else "none",
+            quantize=MADE[demand.rounded] if demand.rounded else "none",
         )
         weights = [*(self.graph.constant(a) for a in call.args[1:]), *self.requant(demand)]
         inputs = [self.tiles(call.args[0])]
@@ -162,9 +165,9 @@ class _Lowering:
         weights: list[Array],
         channels: int,
     ) -> None:
-        """A kernel that ends in a layer norm: it makes tiles, and the quads that are wanted beside them."""
-        form = self.demands[var].integer
-        outputs = [self.tiles_type(var), *self.quads_types(var, channels, form)]
+        """A kernel that ends in a layer norm: it makes tiles, and the form that is wanted beside them."""
+        form = self.demands[var].rounded
+        outputs = [self.tiles_type(var), *self.rounded_types(var, channels, form)]
         results = self.call(name, spec, generator, inputs, weights, outputs, var.name)
         self.forms[var, "tiles"] = results[:1]
         if form:
@@ -172,8 +175,8 @@ class _Lowering:
 
     def lower_dense(self, var: relax.Var, call: relax.Call) -> None:
         attrs = attributes(call)
-        per_token = bool(attrs.get("per_token"))
-        integer = per_token or "x_scale" in attrs
+        form = _input_form(attrs)
+        integer = form in ("quads", "dynamic")
         rows, columns = shape_of(call.args[1])
         demand = self.demands[var]
         output: Output = "tiles"
@@ -181,16 +184,18 @@ class _Lowering:
             output = "heads"
         elif integer and demand.forms == {"quads"}:
             output = "quads"
+        elif form == "pairs" and demand.forms == {"pairs"}:
+            output = "pairs"
         block_rows, block_columns = (int(attrs.get(name, 0)) for name in ("block_rows", "block_columns"))
         spec = DenseSpec(
             out_features=rows,
             in_features=columns,
-            weight="f32" if not integer else "i8_sparse" if block_rows else "i8",
+            weight="i8_sparse" if block_rows else WEIGHTS[form],
             block_rows=block_rows or 4,
             block_columns=block_columns or 4,
             activation=attrs["activation"],
             residual=len(call.args) == 4,
-            per_token=per_token,
+            per_token=form == "dynamic",
             output=output,
         )
         if integer:
@@ -200,11 +205,12 @@ class _Lowering:
         kernel = self.kernel((spec, knobs), lambda: dense(spec, self.isa, knobs))
         if integer:
             numbers = self.folded(var, values, weight_scale, self.graph.constant(call.args[2]), attrs, output)
-            weights = [*kernel.pack(values), *numbers]
-            inputs = list(self.forms[self.graph.source(call.args[0]), "dynamic" if per_token else "quads"])
         else:
-            weights = [*kernel.pack(weight_of(self.graph, call.args[1])), self.graph.constant(call.args[2])]
-            inputs = [self.tiles(call.args[0])]
+            values, numbers = weight_of(self.graph, call.args[1]), [self.graph.constant(call.args[2])]
+            if form == "pairs":
+                values = to_bits(values)
+        weights = [*kernel.pack(values), *numbers]
+        inputs = list(self.forms[self.graph.source(call.args[0]), form])
         inputs, dynamic = inputs[:1], inputs[1:]
         residual = [self.tiles(call.args[3])] if spec.residual else []
         arguments = [*inputs, *(self.weight(var.name, w) for w in weights), *dynamic, *residual]
@@ -213,14 +219,14 @@ class _Lowering:
         if output == "tiles":
             types = [self.tiles_type(var)]
         else:
-            types = self.quads_types(var, rows, "quads") if output == "quads" else self.heads_types(var, rows // 3)
+            types = self.heads_types(var, rows // 3) if output == "heads" else self.rounded_types(var, rows, output)
         notes: dict[str, Any] = {READS_ALL_WEIGHTS: True}
         if residual:
             notes[OVERWRITES] = arguments.index(residual[0])
         func = self.kernel(("streaming", spec, knobs), lambda: kernel.func.with_attrs(notes))
         self.forms[var, output] = self.emit(func, _kernel_name(spec), arguments, types, var.name)
-        if output == "tiles" and demand.integer:
-            self.quantize(var)
+        if output == "tiles" and demand.rounded:
+            self.round(var)
 
     def folded(
         self, var: relax.Var, values: Array, weight_scale: Array, bias: Array, attrs: dict[str, Any], output: str
@@ -264,14 +270,14 @@ class _Lowering:
             inputs = [self.tiles(call.args[0]), segments]
             types = [self.tiles_type(var)]
             self.forms[var, "tiles"] = self.call("attention", spec, generator, inputs, [], types, var.name)
-            if self.demands[var].integer:
-                self.quantize(var)
+            if self.demands[var].rounded:
+                self.round(var)
             return
         demand = self.demands[var]
         score = float(attrs["q_scale"]) * float(attrs["k_scale"]) * float(attrs["scale"])
         numbers = np.array([score, float(attrs["v_scale"]) / demand.scale, demand.zero, 0.0], np.float32)
         inputs = [*self.forms[self.graph.source(call.args[0]), "heads"], segments]
-        types = self.quads_types(var, channels, "quads")
+        types = self.rounded_types(var, channels, "quads")
         self.forms[var, "quads"] = self.call("attention", spec, generator, inputs, [numbers], types, var.name)
 
     def lower_activate(self, var: relax.Var, call: relax.Call) -> None:
@@ -293,20 +299,20 @@ class _Lowering:
         )
 
     def simple(self, var: relax.Var, name: str, key: Hashable, generator: Any, args: list[relax.Expr]) -> None:
-        """A kernel from tiles to tiles, with quads made after it where they are wanted."""
+        """A kernel from tiles to tiles; what else is wanted is made after it."""
         inputs = [self.tiles(a) for a in args]
         self.forms[var, "tiles"] = self.call(name, key, generator, inputs, [], [self.tiles_type(var)], var.name)
-        if self.demands[var].integer:
-            self.quantize(var)
+        if self.demands[var].rounded:
+            self.round(var)
 
-    def quantize(self, var: relax.Var) -> None:
-        """Quads from tiles, where the kernel that made the tiles could not make both."""
+    def round(self, var: relax.Var) -> None:
+        """Pairs or quads from tiles, where the kernel that made the tiles could not make both."""
         demand = self.demands[var]
-        form = demand.integer
+        form = demand.rounded
         assert form is not None
         channels = shape_of(var)[1]
         spec = QuantizeSpec(channels, MADE[form])
-        types = self.quads_types(var, channels, form)
+        types = self.rounded_types(var, channels, form)
         self.forms[var, form] = self.call(
             "quantize", spec, elementwise, [self.tiles(var)], self.requant(demand), types, var.name
         )
@@ -324,11 +330,12 @@ class _Lowering:
     def tiles_type(self, var: relax.Var) -> relax.TensorType:
         return relax.TensorType((self.first(var), shape_of(var)[1], TILE), "float32")
 
-    def quads_types(self, var: relax.Var, channels: int, form: Form | None) -> list[relax.TensorType]:
+    def rounded_types(self, var: relax.Var, channels: int, form: Form | None) -> list[relax.TensorType]:
         first = self.first(var)
         quads = relax.TensorType((first, channels // 4, TILE, 4), "uint8")
         return {
             None: [],
+            "pairs": [relax.TensorType((first, channels // 2, TILE, 2), "uint16")],
             "quads": [quads],
             "dynamic": [quads, relax.TensorType((first, 2, TILE), "float32")],
         }[form]
@@ -342,7 +349,7 @@ class _Lowering:
         ]
 
     def requant(self, demand: Demand) -> list[Array]:
-        return [demand.requant] if demand.integer == "quads" else []
+        return [demand.requant] if demand.rounded == "quads" else []
 
     def weight(self, layer: str, array: Array) -> relax.Var:
         name = f"{layer}.{len(self.weights)}"
@@ -398,6 +405,15 @@ def _kernel_name(spec: DenseSpec) -> str:
     return f"dense_{spec.weight}{block}_{spec.out_features}x{spec.in_features}_{spec.output}"
 
 
+def _input_form(attrs: dict[str, Any]) -> Form:
+    """The form that a dense layer with these attributes reads."""
+    if attrs.get("per_token"):
+        return "dynamic"
+    if "x_scale" in attrs:
+        return "quads"
+    return "pairs" if attrs.get("bf16") else "tiles"
+
+
 def _demands(graph: Graph) -> dict[relax.Var, Demand]:
     """Which forms every value is wanted in."""
     demands = {binding.var: Demand() for binding in graph.bindings}
@@ -421,12 +437,7 @@ def _demands(graph: Graph) -> dict[relax.Var, Demand]:
             continue
         attrs = attributes(call)
         if is_call(call, dialect.DENSE):
-            if attrs.get("per_token"):
-                want(call.args[0], "dynamic")
-            elif "x_scale" in attrs:
-                want(call.args[0], "quads", float(attrs["x_scale"]), int(attrs["x_zero"]))
-            else:
-                want(call.args[0], "tiles")
+            want(call.args[0], _input_form(attrs), float(attrs.get("x_scale", 1.0)), int(attrs.get("x_zero", 0)))
             for residual in call.args[3:]:
                 want(residual, "tiles")
         elif is_call(call, dialect.SELF_ATTENTION) and "q_scale" in attrs:

@@ -21,6 +21,7 @@ from .lower import Lowered, Tuned, lower, untuned
 from .pad_heads import pad_heads
 from .prune_blocks import prune_blocks
 from .quantise import QuantisationConfig, quantise
+from .round_to_bf16 import round_to_bf16
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Options:
     """The graph is specialised for each of these."""
     max_length: int
     quantisation: QuantisationConfig | None
-    """None compiles everything in float32."""
+    """None leaves everything in float32."""
+    bf16: bool = False
+    """Let dense layers multiply in bfloat16 instead."""
     sparsity: float = 0.0
     """One-shot block pruning before quantisation, for experiments."""
     block_rows: int = 4
@@ -77,6 +80,11 @@ def run_pipeline(
         with progress.phase("3 calibrate and quantise", len(requests)) as advance:
             module = quantise(module, options.quantisation, requests, token_types, advance)
             dump(module, "quantise")
+
+    if options.bf16:
+        with progress.phase("3 round to bfloat16"):
+            module = round_to_bf16(module)
+            dump(module, "round_to_bf16")
 
     modules = [module] * len(options.isas)
     if options.quantisation is not None:

@@ -64,7 +64,7 @@ def why_not(variant: Metadata) -> str:
         return f"this machine is {platform.machine()}, not x86-64"
     if missing := sorted(set(variant.cpu_flags) - cpu_flags()):
         return f"this CPU lacks {', '.join(missing)}"
-    return request_amx() if "amx_int8" in variant.cpu_flags else ""
+    return request_amx() if "amx_tile" in variant.cpu_flags else ""
 
 
 def request_amx() -> str:

@@ -1,9 +1,10 @@
 """AMX: the instructions on tile registers as statements of a kernel.
 
 There are eight registers of up to 16 rows × 64 bytes. ``tdpbsud`` and its sisters add, to 16 × 16 sums of int32, the
-products of a first operand (rows of bytes) and a second (rows of 16 quads): Intel, Architecture Instruction Set
-Extensions, chapter on AMX. The operating system must have granted the process the registers (Linux:
-``arch_prctl(ARCH_REQ_XCOMP_PERM, 18)``) before a kernel runs.
+products of a first operand (rows of bytes) and a second (rows of 16 quads); ``tdpbf16ps``, to sums of float32, those of
+rows of bfloat16 and rows of 16 pairs: Intel, Architecture Instruction Set Extensions, chapter on AMX. The operating
+system must have granted the process the registers (Linux: ``arch_prctl(ARCH_REQ_XCOMP_PERM, 18)``) before a kernel
+runs.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def zero(register: int) -> None:
 
 
 def multiply_add(name: str, sums: int, first: int, second: int) -> None:
-    """Emit one of tdpbssd, tdpbsud, tdpbusd and tdpbuud; the two letters are the signs of the operands' bytes."""
+    """Emit tdpbf16ps, or one of tdpbssd, tdpbsud, tdpbusd and tdpbuud: two letters for the signs of the bytes."""
     call(name, T.int8(sums), T.int8(first), T.int8(second))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.schedules import dense_amx, dense_f32, dense_i8, sparse_channel_i8, sparse_i8, sparse_low_i8
+from whet.schedules import dense_amx, dense_vector, sparse_channel_i8, sparse_i8, sparse_low_i8
 from whet.schedules.dense_spec import BLOCKS, QUAD, DenseSpec, Output, Weight
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import Isa
@@ -31,7 +31,7 @@ class DenseKernel:
     knobs: Blocking
     func: Any
     pack: Callable[[NDArray[Any]], list[NDArray[Any]]]
-    """From a weight (N, K), float32 or int8, to the packed arrays in the order that ``func`` takes them."""
+    """From a weight (N, K), float32, bfloat16 (its bits as uint16) or int8, to packed arrays in ``func``'s order."""
 
 
 def family_of(spec: DenseSpec, isa: Isa) -> Any:
@@ -42,14 +42,14 @@ def family_of(spec: DenseSpec, isa: Isa) -> Any:
         if spec.block_columns == 1:
             return sparse_channel_i8
         return sparse_low_i8 if spec.block_rows < QUAD else sparse_i8
-    return dense_f32 if spec.weight == "f32" else dense_i8
+    return dense_vector
 
 
 def dense(spec: DenseSpec, isa: Isa, knobs: Blocking | None = None) -> DenseKernel:
     """Generate the kernel for a layer; ``knobs`` default to what is good on ``isa``."""
     family = family_of(spec, isa)
     knobs = knobs or family.default_knobs(spec, isa)
-    dtype = np.dtype(np.float32 if spec.weight == "f32" else np.int8)
+    dtype = np.dtype(spec.element.weight)
 
     def pack(weight: NDArray[Any]) -> list[NDArray[Any]]:
         expected = (spec.out_features, spec.in_features)

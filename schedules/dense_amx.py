@@ -1,7 +1,7 @@
-"""Dense int8 layers on AMX: 16 output rows × 16 tokens × up to 64 channels in one instruction.
+"""Dense layers on AMX: 16 output rows × 16 tokens × up to 64 bytes of channels, int8 or bfloat16, in one instruction.
 
-Quads are AMX's second operand as they lie in memory: a tile register row is one quad of 16 tokens. The first operand
-is a piece of 16 weight rows.
+Quads and pairs are AMX's second operand as they lie in memory: a tile register row is a word each of 16 tokens. The
+first operand is a piece of 16 weight rows.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from tvm.script.ir_builder import tirx as T
 
 from whet.schedules import amx
 from whet.schedules.amx import ROWS
-from whet.schedules.dense_spec import QUAD, DenseSpec
+from whet.schedules.dense_spec import DenseSpec
 from whet.schedules.epilogue import Epilogue
 from whet.schedules.gemm import Block, Blocking, named, parameter
 from whet.schedules.isa import TILE, Isa, prefetch, view
 
 LINE = 64
 """Bytes of a cache line."""
+
+WORD = 4
+"""Bytes that hold a token's channels in a row."""
 
 NEAR_BYTES = 32 << 10
 """Weights that stay in the first-level cache while activations stream past it."""
@@ -37,13 +40,14 @@ UNIT_BYTES = 144 << 10
 
 
 def supports(spec: DenseSpec, isa: Isa) -> bool:
-    """Whether this family computes the layer, and fast: the quads must split into full enough tile registers."""
-    return isa.name == "amx_int8" and spec.weight == "i8" and _depth(spec) >= ROWS // 2
+    """Whether this family computes the layer, and fast: the words must split into full enough tile registers."""
+    weight = "bf16" if isa.dot == "bf16" else "i8"
+    return isa.has_amx and spec.weight == weight and _depth(spec) >= ROWS // 2
 
 
 def steps(spec: DenseSpec) -> int:
     """Tile registers that the input channels fill."""
-    return spec.in_features // QUAD // _depth(spec)
+    return spec.words // _depth(spec)
 
 
 def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
@@ -52,15 +56,15 @@ def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     A unit of parallel work costs a microsecond by itself, so it gets weights for at least 25 at 128 tokens.
     """
     rows = 2 * ROWS
-    return Blocking(rows=rows, tiles=2, chains=1, chunk=max(rows, UNIT_BYTES // spec.in_features))
+    return Blocking(rows=rows, tiles=2, chains=1, chunk=max(rows, UNIT_BYTES // (spec.words * WORD)))
 
 
 def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray[Any]]:
-    """``(N, K)`` to ``(passes, K / 4 / depth, rows / 16, 16, depth, 4)``: tile registers in the order of their use."""
+    """``(N, K)`` to ``(passes, words / depth, rows / 16, 16, depth, channels)``: tile registers in order of use."""
     rows, depth = knobs.rows, _depth(spec)
-    padded = np.zeros((math.ceil(spec.out_features / rows) * rows, spec.in_features), np.int8)
+    padded = np.zeros((math.ceil(spec.out_features / rows) * rows, spec.in_features), weight.dtype)
     padded[: spec.out_features] = weight
-    split = padded.reshape(-1, rows // ROWS, ROWS, steps(spec), depth, QUAD)
+    split = padded.reshape(-1, rows // ROWS, ROWS, steps(spec), depth, spec.element.channels)
     return [np.ascontiguousarray(split.transpose(0, 3, 1, 2, 4, 5))]
 
 
@@ -71,7 +75,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
     of a task in turn; a *chunk* of a pass of weights stays in the first while all token blocks of the span meet it.
     While the tile unit multiplies one block, the vector units finish the block before it: some rows at each step.
     """
-    n, quads, rows, most = spec.out_features, spec.in_features // QUAD, knobs.rows, knobs.tiles
+    n, rows, most, element = spec.out_features, knobs.rows, knobs.tiles, spec.element
     depth, reduction = _depth(spec), steps(spec)
     row_tiles = rows // ROWS
     if rows % ROWS or row_tiles * most + row_tiles + most > amx.REGISTERS:
@@ -79,14 +83,16 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
     passes = math.ceil(n / rows)
     per_task = max(1, round(knobs.chunk / rows))
     tasks = math.ceil(passes / per_task)
-    chunks = math.ceil(rows * spec.in_features / NEAR_BYTES)
-    span = most * max(1, SPAN_BYTES // (spec.in_features * TILE * most))
+    token_bytes = spec.words * WORD
+    chunks = math.ceil(rows * token_bytes / NEAR_BYTES)
+    span = most * max(1, SPAN_BYTES // (token_bytes * TILE * most))
+    product = "tdpbf16ps" if spec.weight == "bf16" else "tdpbsud"
     registers = _Registers(row_tiles, most)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name(f"dense_amx_{n}x{spec.in_features}")
+        T.func_name(f"dense_amx_{spec.weight}_{n}x{spec.in_features}")
         tiles = T.int64()
-        x = parameter("x", (tiles, quads, TILE, QUAD), "uint8")
-        weight = parameter("weight", (passes, reduction, row_tiles, ROWS, depth, QUAD), "int8")
+        x = parameter("x", (tiles, spec.words, TILE, element.channels), element.x)
+        weight = parameter("weight", (passes, reduction, row_tiles, ROWS, depth, element.channels), element.weight)
         epilogue = Epilogue.declare(spec, isa, tiles)
         parts_a_step = math.ceil(rows // epilogue.together / (reduction // chunks))
 
@@ -95,15 +101,15 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 for t in range(count):
                     if r == 0:
                         at = T.address_of(x[work.block.first_tile + t, k * depth, 0, 0])
-                        amx.load(registers.token(t), at, TILE * QUAD, stream=True)
+                        amx.load(registers.token(t), at, TILE * WORD, stream=True)
                     if t == 0:
                         at = T.address_of(weight[work.index, k, r, 0, 0, 0])
-                        amx.load(registers.row(r), at, depth * QUAD)
-                    amx.multiply_add("tdpbsud", registers.sum(r, t), registers.row(r), registers.token(t))
+                        amx.load(registers.row(r), at, depth * WORD)
+                    amx.multiply_add(product, registers.sum(r, t), registers.row(r), registers.token(t))
 
         def fetch(work: _Work, k: Any) -> None:
             """Prefetch the next chunk: each token block of this one an equal part of it, so that it goes in order."""
-            lines = rows * depth * QUAD // LINE
+            lines = rows * depth * WORD // LINE
             flat = view(weight, (passes * reduction * lines * LINE,), "int8")
             done = T.Bind(work.number * work.steps + k)
             begin, end = (T.Bind(T.truncdiv(p * lines, work.of)) for p in (done, done + 1))
@@ -124,7 +130,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 if chunks > 1:
                     with T.Else():
                         for register, r, t in sums:
-                            amx.load(register, at(r, t), TILE * 4)
+                            amx.load(register, at(r, t), TILE * WORD)
             with T.serial(work.steps) as k:
                 fetch(work, k)
                 step(work, work.first_step + k, count)
@@ -133,7 +139,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                     with T.If(part < before.rows // epilogue.together), T.Then():
                         epilogue.emit_part(before, part)
             for register, r, t in sums:
-                amx.store(register, at(r, t), TILE * 4)
+                amx.store(register, at(r, t), TILE * WORD)
 
         with T.sblock("root"):
             T.reads()
@@ -149,7 +155,7 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 T.buffer_store(held, T.truncdiv((number + 1) * tiles, spans) - first_tile, [0])
                 length = named("length", T.Bind(held[0]))
                 blocks = named("blocks", T.Bind(T.cast(T.truncdiv(length + (most - 1), most), "int32")))
-                sums = named("sums", T.alloc_buffer((most if chunks == 1 else span, rows, TILE), "int32"))
+                sums = named("sums", T.alloc_buffer((most if chunks == 1 else span, rows, TILE), element.sums))
                 amx.configure(registers.shapes(depth))
 
                 def work_at(position: Any) -> _Work:
@@ -216,10 +222,10 @@ class _Registers:
 
     def shapes(self, depth: int) -> list[tuple[int, int]]:
         """Rows and bytes per row of each register."""
-        sums, rows = [(ROWS, TILE * 4)] * (self.rows * self.tokens), [(ROWS, depth * QUAD)] * self.rows
-        return [*sums, *rows, *[(depth, TILE * QUAD)] * self.tokens]
+        sums, rows = [(ROWS, TILE * WORD)] * (self.rows * self.tokens), [(ROWS, depth * WORD)] * self.rows
+        return [*sums, *rows, *[(depth, TILE * WORD)] * self.tokens]
 
 
 def _depth(spec: DenseSpec) -> int:
-    """Quads in a tile register: the most that divide the layer's, so that none is left over."""
-    return max(d for d in range(1, ROWS + 1) if spec.in_features // QUAD % d == 0)
+    """Words in a tile register: the most that divide the layer's, so that none is left over."""
+    return max(d for d in range(1, ROWS + 1) if spec.words % d == 0)

@@ -1,11 +1,11 @@
-"""Element-wise kernels on tiles: activation, sum, quantisation to quads.
+"""Element-wise kernels on tiles: activation, sum, and rounding to what dense layers multiply, quads or pairs.
 
-The quantisation to quads is also the tail of other kernels.
+The rounding is also the tail of other kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -14,14 +14,15 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from whet.schedules.gemm import named, parameter
-from whet.schedules.isa import TILE, Isa, quantize4, splat, view
+from whet.schedules.isa import TILE, Isa, quantize4, round_bf16, splat, view
 from whet.schedules.vector_math import ACTIVATIONS
 
 QUAD = 4
 """Channels in a quad."""
 
-Quantization: TypeAlias = Literal["none", "static", "per_token"]
-"""Whether a kernel writes quads too: none; with the scale and zero point in requant; with some of each token's own."""
+Quantization: TypeAlias = Literal["none", "bf16", "static", "per_token"]
+"""What a kernel writes beside tiles: nothing; pairs; quads with the scale and zero point in requant; quads with some of
+each token's own."""
 
 _SMALLEST_RANGE = 1e-30
 """What a token whose channels are all zero is quantised with."""
@@ -48,11 +49,11 @@ class AddSpec:
 
 @dataclass(frozen=True)
 class QuantizeSpec:
-    """Tiles to quads.
+    """Tiles to pairs or quads.
 
-    Static: arguments x ``(nt, C, 16)`` float32, requant ``(2,)`` float32 (1/s and zero point), quads
-    ``(nt, C/4, 16, 4)`` uint8. Per token: x, quads, token_params ``(nt, 2, 16)`` float32 (s and s × zero point of each
-    token).
+    bf16: arguments x ``(nt, C, 16)`` float32, pairs ``(nt, C/2, 16, 2)``, bits of bfloat16 as uint16. Static: arguments
+    x, requant ``(2,)`` float32 (1/s and zero point), quads ``(nt, C/4, 16, 4)`` uint8. Per token: x, quads,
+    token_params ``(nt, 2, 16)`` float32 (s and s × zero point of each token).
     """
 
     channels: int
@@ -60,14 +61,14 @@ class QuantizeSpec:
 
     def __post_init__(self) -> None:
         if self.mode == "none":
-            raise ValueError("mode is 'none'; expected 'static' or 'per_token'")
+            raise ValueError("mode is 'none'; expected 'bf16', 'static' or 'per_token'")
         check_quads(self.channels)
 
 
 def check_quads(channels: int) -> None:
-    """Raise ValueError unless the channels fill quads."""
+    """Raise ValueError unless the channels fill quads (or two pairs)."""
     if channels % QUAD:
-        raise ValueError(f"channels is {channels}; quads need a multiple of {QUAD}, so pad the channels")
+        raise ValueError(f"channels is {channels}; quads and pairs need a multiple of {QUAD}, so pad the channels")
 
 
 def lanes_of(part: Any, isa: Isa) -> Any:
@@ -76,22 +77,42 @@ def lanes_of(part: Any, isa: Isa) -> Any:
 
 
 def declare_quads(quantization: Quantization, tiles: Any, channels: int) -> tuple[Any, Any]:
-    """Declare the outputs quads and token_params, None where there are none."""
+    """Declare the outputs quads, or pairs, and token_params; None where there are none."""
     if quantization == "none":
         return None, None
+    if quantization == "bf16":
+        return parameter("pairs", (tiles, channels // 2, TILE, 2), "uint16"), None
     quads = parameter("quads", (tiles, channels // QUAD, TILE, QUAD), "uint8")
     params = parameter("token_params", (tiles, 2, TILE), "float32") if quantization == "per_token" else None
     return quads, params
 
 
 def words(quads: Any) -> Any:
-    """Show quads as int32 ``(nt, C/4, 16)``: the four channels of a token are one value."""
+    """Show quads as int32 ``(nt, C/4, 16)``: the four channels of a token are one value; pairs likewise."""
     return named("words", view(quads, quads.shape[:3], "int32"))
 
 
 def quantize_rows(rows: Sequence[Any], inverse: Any, zero: Any, isa: Isa) -> Any:
     """Four float32 vectors, the channels of a quad, to one int32 vector of quads."""
     return quantize4(rows, inverse, zero, isa.lanes)
+
+
+def round_all(
+    channels: int, row: Callable[[Any], Any], requant: Any, rounded: Any, tile: Any, part: Any, isa: Isa
+) -> None:
+    """Round ``row(channel)`` of all channels, for one vector of a tile: to quads as ``requant`` says, else to pairs.
+
+    ``rounded`` are the quads or pairs as int32.
+    """
+    at = lanes_of(part, isa)
+    if requant is None:
+        with T.serial(channels // 2) as pair:
+            T.buffer_store(rounded, round_bf16(row(pair * 2), row(pair * 2 + 1)), [tile, pair, at])
+    else:
+        inverse, zero = (T.Bind(splat(requant[i], isa.lanes)) for i in (0, 1))
+        with T.serial(channels // QUAD) as quad:
+            rows = [row(quad * QUAD + i) for i in range(QUAD)]
+            T.buffer_store(rounded, quantize_rows(rows, inverse, zero, isa), [tile, quad, at])
 
 
 def token_range(low: Any, high: Any, isa: Isa) -> tuple[Any, Any, Any]:
@@ -167,7 +188,7 @@ def _quantize(spec: QuantizeSpec, isa: Isa, x: Any, tiles: Any) -> None:
         quads = words(quads)
         with T.parallel(tiles) as tile, T.serial(isa.parts) as part:
             at = lanes_of(part, isa)
-            if requant is None:
+            if spec.mode == "per_token":
                 low, high = isa.register("float32"), isa.register("float32")
                 for register in (low, high):
                     T.buffer_store(register, splat(0.0, lanes), [0])
@@ -177,7 +198,4 @@ def _quantize(spec: QuantizeSpec, isa: Isa, x: Any, tiles: Any) -> None:
                     x, low[0], high[0], quads=quads, token_params=token_params, tile=tile, part=part, isa=isa
                 )
             else:
-                inverse, zero = (T.Bind(splat(requant[i], lanes)) for i in (0, 1))
-                with T.serial(spec.channels // QUAD) as quad:
-                    rows = [x[tile, quad * QUAD + i, at] for i in range(QUAD)]
-                    T.buffer_store(quads, quantize_rows(rows, inverse, zero, isa), [tile, quad, at])
+                round_all(spec.channels, lambda c: x[tile, c, at], requant, quads, tile, part, isa)

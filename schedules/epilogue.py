@@ -12,7 +12,7 @@ from tvm.script.ir_builder import tirx as T
 
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.gemm import Block, named, parameter
-from whet.schedules.isa import TILE, Isa, fma, quantize4, round4, round_int, splat, view
+from whet.schedules.isa import TILE, Isa, fma, quantize4, round4, round_bf16, round_int, splat, view
 from whet.schedules.vector_math import ACTIVATIONS, ROUGH_ACTIVATIONS
 
 
@@ -34,11 +34,10 @@ class Epilogue:
     def declare(layer: DenseSpec, isa: Isa, tiles: Any) -> Epilogue:
         """Declare scale, bias, row_sums, token_params, residual, requant (those the layer has) and the outputs."""
         n = layer.out_features
-        integer = layer.weight != "f32"
         return Epilogue(
             layer,
             isa,
-            scale=parameter("scale", (n,), "float32") if integer else None,
+            scale=parameter("scale", (n,), "float32") if layer.is_integer else None,
             bias=parameter("bias", (n,), "float32"),
             row_sums=parameter("row_sums", (n,), "float32") if layer.per_token else None,
             token_params=parameter("token_params", (tiles, 2, TILE), "float32") if layer.per_token else None,
@@ -80,7 +79,7 @@ class Epilogue:
 
     def _finished(self, total: Any, row: Any, of_row: tuple[Any, ...], where: Any) -> Any:
         """Value of one vector of a row, after activation and residual."""
-        rough = self.layer.output == "quads" and self.layer.weight != "f32"
+        rough = self.layer.output in ("pairs", "quads") and self.layer.weight != "f32"
         activation = (ROUGH_ACTIVATIONS if rough else ACTIVATIONS)[self.layer.activation]
         y = activation(self._value(total, of_row, where), self.isa.lanes)
         if self.layer.residual:
@@ -89,7 +88,7 @@ class Epilogue:
 
     def _value(self, total: Any, of_row: tuple[Any, ...], where: Any) -> Any:
         """The layer's result before its activation."""
-        if self.layer.weight == "f32":
+        if not self.layer.is_integer:
             return total + of_row[0]
         acc = T.cast(total, f"float32x{self.isa.lanes}")
         if not self.layer.per_token:
@@ -103,6 +102,10 @@ class Epilogue:
         if self.layer.output == "tiles":
             for i, y in enumerate(values):
                 T.buffer_store(self.outputs[0], y, [where[0], row + i, where[1]])
+        elif self.layer.output == "pairs":
+            for i in range(0, len(values), 2):
+                pair = round_bf16(*values[i : i + 2])
+                T.buffer_store(_words(self.outputs[0]), pair, [where[0], (row + i) // 2, where[1]])
         elif self.layer.output == "quads":
             self._store_quad(row, where, values)
         else:
@@ -139,6 +142,8 @@ def _declare_outputs(layer: DenseSpec, tiles: Any) -> tuple[Any, ...]:
     n = layer.out_features
     if layer.output == "tiles":
         return (parameter("out", (tiles, n, TILE), "float32"),)
+    if layer.output == "pairs":
+        return (parameter("out", (tiles, n // 2, TILE, 2), "uint16"),)
     if layer.output == "quads":
         return (parameter("out", (tiles, n // QUAD, TILE, QUAD), "uint8"),)
     hidden = n // 3
@@ -150,5 +155,5 @@ def _declare_outputs(layer: DenseSpec, tiles: Any) -> tuple[Any, ...]:
 
 
 def _words(quads: Any) -> Any:
-    """Show quads as one int32 per token."""
+    """Show quads or pairs as one int32 per token."""
     return named("words", view(quads, quads.shape[:3], "int32"))

@@ -217,7 +217,7 @@ def loop_nest(
         finish(Block(g * in_group, valid, first, count, sums))
 
     blocks = tile_blocks(blocking, tiles)
-    with T.parallel(blocks * chunks) as p:
+    with T.parallel(blocks * chunks) as p, isa.definitions():
         b = named("tile_block", T.Bind(p // chunks))
         c = named("chunk", T.Bind(T.cast(p % chunks, "int32")))
         first, count = tiles_of_block(b, tiles, blocks)

@@ -7,12 +7,14 @@ and with the IR builder. Every instruction set computes the same integers, and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tvm
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 TILE = 16
@@ -20,6 +22,18 @@ TILE = 16
 
 _V3_FLAGS = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave")
 _V4_FLAGS = (*_V3_FLAGS, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+
+_DOT2 = "whet_dot2"
+_DOT2_DEFINITION = f"""
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+define linkonce_odr <16 x float> @{_DOT2}(<16 x float> %acc, <16 x i32> %x, <16 x i32> %w) alwaysinline {{
+  %a = bitcast <16 x i32> %x to <32 x bfloat>
+  %b = bitcast <16 x i32> %w to <32 x bfloat>
+  %sum = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %acc, <32 x bfloat> %a, <32 x bfloat> %b)
+  ret <16 x float> %sum
+}}
+"""
 
 
 @dataclass(frozen=True)
@@ -31,8 +45,8 @@ class Isa:
     """32-bit lanes of a vector, 8 or 16."""
     registers: int
     """Vector registers of that width."""
-    dot: Literal["vnni512", "vnni256", "madd"]
-    """How ``dot4`` multiplies: EVEX or VEX vpdpbusd, or vpmaddwd on 16-bit halves."""
+    dot: Literal["bf16", "vnni512", "vnni256", "madd"]
+    """What multiplies: ``dot2`` by vdpbf16ps; or ``dot4`` by EVEX or VEX vpdpbusd, or by vpmaddwd on 16-bit halves."""
     mcpu: str
     mattr: tuple[str, ...]
     cpu_flags: tuple[str, ...] = field(repr=False)
@@ -48,6 +62,24 @@ class Isa:
         """Vectors in a tile of 16 tokens."""
         return TILE // self.lanes
 
+    @property
+    def has_amx(self) -> bool:
+        """Whether code may use the tile registers."""
+        return "amx_tile" in self.cpu_flags
+
+    def dot2(self, acc: Any, x: Any, w: Any) -> Any:
+        """``acc + Σ x[i]·w[i]`` per lane over the 2 bfloat16 of a lane, in float32; within ``definitions`` only.
+
+        ``acc`` is a float32 vector, ``x`` and ``w`` are int32 vectors, of ``lanes`` lanes.
+        """
+        if self.dot != "bf16":
+            raise ValueError(f"{self.name} has no products of bfloat16; expected one of {', '.join(BF16_ISAS)}")
+        return T.call_extern(f"float32x{self.lanes}", _DOT2, acc, x, w)
+
+    def definitions(self) -> AbstractContextManager[Any]:
+        """Define what the statements inside use beyond LLVM's intrinsics: TVM has no LLVM type for bfloat16."""
+        return T.attr(0, "pragma_import_llvm", _DOT2_DEFINITION) if self.dot == "bf16" else nullcontext()
+
     def dot4(self, acc: Any, x: Any, w: Any) -> Any:
         """``acc + Σ x[i]·w[i]`` per lane over the 4 bytes of a lane, exact in int32.
 
@@ -56,6 +88,8 @@ class Isa:
         choice, saturates. LLVM shares the widening between calls with the same operand.
         """
         lanes = self.lanes
+        if self.dot == "bf16":
+            raise ValueError(f"{self.name} is for products of bfloat16; expected one of {', '.join(ISAS)}")
         if self.dot != "madd":
             name = f"llvm.x86.avx512.vpdpbusd.{lanes * 32}"
             byte = f"int8x{4 * lanes}"
@@ -82,31 +116,48 @@ class Isa:
         return T.alloc_buffer((1,), f"{dtype}x{self.lanes}")
 
 
-ISAS: dict[str, Isa] = {
-    isa.name: isa
-    for isa in (
-        Isa(
-            "amx_int8",
-            16,
-            32,
-            "vnni512",
-            "x86-64-v4",
-            ("+avx512vnni", "+amx-tile", "+amx-int8"),
-            (*_V4_FLAGS, "avx512_vnni", "amx_tile", "amx_int8"),
-        ),
-        Isa("avx512_vnni", 16, 32, "vnni512", "x86-64-v4", ("+avx512vnni",), (*_V4_FLAGS, "avx512_vnni")),
-        Isa("avx_vnni", 8, 16, "vnni256", "x86-64-v3", ("+avxvnni",), (*_V3_FLAGS, "avx_vnni")),
-        Isa("avx2", 8, 16, "madd", "x86-64-v3", (), _V3_FLAGS),
-    )
-}
-"""Every instruction set by name, the fastest first."""
+def _by_name(*isas: Isa) -> dict[str, Isa]:
+    return {isa.name: isa for isa in isas}
+
+
+ISAS = _by_name(
+    Isa(
+        "amx_int8",
+        16,
+        32,
+        "vnni512",
+        "x86-64-v4",
+        ("+avx512vnni", "+amx-tile", "+amx-int8"),
+        (*_V4_FLAGS, "avx512_vnni", "amx_tile", "amx_int8"),
+    ),
+    Isa("avx512_vnni", 16, 32, "vnni512", "x86-64-v4", ("+avx512vnni",), (*_V4_FLAGS, "avx512_vnni")),
+    Isa("avx_vnni", 8, 16, "vnni256", "x86-64-v3", ("+avxvnni",), (*_V3_FLAGS, "avx_vnni")),
+    Isa("avx2", 8, 16, "madd", "x86-64-v3", (), _V3_FLAGS),
+)
+"""The instruction sets for int8 and float32 by name, the fastest first."""
+
+BF16_ISAS = _by_name(
+    Isa(
+        "amx_bf16",
+        16,
+        32,
+        "bf16",
+        "x86-64-v4",
+        ("+avx512bf16", "+amx-tile", "+amx-bf16"),
+        (*_V4_FLAGS, "avx512_bf16", "amx_tile", "amx_bf16"),
+    ),
+    Isa("avx512_bf16", 16, 32, "bf16", "x86-64-v4", ("+avx512bf16",), (*_V4_FLAGS, "avx512_bf16")),
+)
+"""Those for bfloat16."""
+
+EVERY_ISA = BF16_ISAS | ISAS
 
 
 def isa(name: str) -> Isa:
     """Return the instruction set of that name; ValueError if there is none."""
-    if name not in ISAS:
-        raise ValueError(f"isa is {name!r}; expected one of {', '.join(ISAS)}")
-    return ISAS[name]
+    if name not in EVERY_ISA:
+        raise ValueError(f"isa is {name!r}; expected one of {', '.join(EVERY_ISA)}")
+    return EVERY_ISA[name]
 
 
 def cpu_flags() -> frozenset[str]:
@@ -117,14 +168,14 @@ def cpu_flags() -> frozenset[str]:
     raise ValueError("/proc/cpuinfo has no line of flags; name the instruction set instead of asking for the host's")
 
 
-def host_isa() -> Isa:
-    """Return the fastest instruction set that this machine's CPU has; ValueError if it lacks even AVX2."""
+def host_isa(candidates: Mapping[str, Isa] = ISAS) -> Isa:
+    """Return the fastest of these that this machine's CPU has; ValueError if it lacks even the last."""
     flags = cpu_flags()
-    for candidate in ISAS.values():
+    for candidate in candidates.values():
         if flags.issuperset(candidate.cpu_flags):
             return candidate
-    missing = ", ".join(f for f in ISAS["avx2"].cpu_flags if f not in flags)
-    raise ValueError(f"this CPU lacks {missing}; Whet needs at least AVX2")
+    missing = ", ".join(f for f in candidate.cpu_flags if f not in flags)
+    raise ValueError(f"this CPU lacks {missing}, so it has none of {', '.join(candidates)}")
 
 
 def compile_for(func: Any, target: Isa) -> Any:
@@ -151,7 +202,7 @@ def fma(a: Any, b: Any, c: Any) -> Any:
 def splat(value: Any, lanes: int, dtype: str = "float32") -> Any:
     """Broadcast a value to every lane; Python numbers become ``dtype``."""
     if isinstance(value, int | float):
-        value = tvm.tirx.const(value, dtype)
+        value = tirx.const(value, dtype)
     return T.broadcast(value, lanes)
 
 
@@ -185,8 +236,18 @@ def pack_bytes(ab: Any, cd: Any, lanes: int, *, signed: bool = False) -> Any:
     byte = f"int8x{4 * lanes}"
     packed = instruction(byte, "packsswb" if signed else "packuswb", lanes, ab, cd)
     first_of_each = [T.int32(0x0C080400 + 0x01010101 * (lane % 4)) for lane in range(lanes)]
-    order = tvm.tirx.Shuffle(first_of_each, [T.int32(lane) for lane in range(lanes)])
+    order = tirx.Shuffle(first_of_each, [T.int32(lane) for lane in range(lanes)])
     return T.reinterpret(f"int32x{lanes}", instruction(byte, "pshuf.b", lanes, packed, T.reinterpret(byte, order)))
+
+
+def round_bf16(low: Any, high: Any) -> Any:
+    """Round two vectors of 16 float32 to bfloat16, halves to even, and pack them into one int32 vector.
+
+    Needs an instruction set for bfloat16. Denormals become 0.
+    """
+    # LLVM's type of the result is bfloat16, which TVM has no other name for; all that is done with it is moving bits.
+    halves = T.call_llvm_pure_intrin("int16x32", "llvm.x86.avx512bf16.cvtne2ps2bf16.512", high, low)
+    return T.reinterpret("int32x16", tirx.Shuffle([halves], [T.int32(i // 2 + 16 * (i % 2)) for i in range(32)]))
 
 
 def round4(rows: Sequence[Any], lanes: int, *, signed: bool = False) -> Any:

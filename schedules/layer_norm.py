@@ -20,8 +20,8 @@ from whet.schedules.elementwise import (
     check_quads,
     declare_quads,
     lanes_of,
-    quantize_rows,
     quantize_tokens,
+    round_all,
     widen,
     words,
 )
@@ -35,11 +35,12 @@ _CHAINS = 8
 
 @dataclass(frozen=True)
 class LayerNormSpec:
-    """Layer norm of tiles, optionally quantised in the same pass.
+    """Layer norm of tiles, optionally rounded in the same pass.
 
     Arguments: x ``(nt, C, 16)``, gamma and beta ``(C,)``, [requant ``(2,)``], h ``(nt, C, 16)``, all float32, [quads
-    ``(nt, C/4, 16, 4)`` uint8], [token_params ``(nt, 2, 16)`` float32]: requant if ``quantize`` is static, quads unless
-    it is none, token_params if it is per_token. h may be x.
+    ``(nt, C/4, 16, 4)`` uint8, or pairs ``(nt, C/2, 16, 2)``, bits of bfloat16 as uint16], [token_params ``(nt, 2,
+    16)`` float32]: requant if ``quantize`` is static, pairs if it is bf16, quads if it is static or per_token,
+    token_params if it is per_token. h may be x.
     """
 
     channels: int
@@ -103,11 +104,8 @@ class Norm:
             T.buffer_store(self.h, y, [tile, c, at])
             return y
 
-        if spec.quantize == "static":
-            inverse, zero = (T.Bind(splat(self.requant[i], lanes)) for i in (0, 1))
-            with T.serial(spec.channels // QUAD) as quad:
-                rows = [normalized(quad * QUAD + i) for i in range(QUAD)]
-                T.buffer_store(quads, quantize_rows(rows, inverse, zero, isa), [tile, quad, at])
+        if spec.quantize in ("bf16", "static"):
+            round_all(spec.channels, normalized, self.requant, quads, tile, part, isa)
         elif spec.quantize == "per_token":
             low, high = isa.register("float32"), isa.register("float32")
             for register in (low, high):

@@ -1,7 +1,10 @@
 """Accuracy on real data: what the README's table says, and how far int8 may be from fp32."""
 
+import pytest
+
 from whet.datasets import read_dataset
 from whet.evaluate import evaluate
+from whet.schedules.isa import BF16_ISAS, cpu_flags
 
 STSB = "stsb/sts-test.csv"
 REFERENCE = 0.8203  # all-MiniLM-L6-v2 in fp32 by sentence-transformers, Spearman on the STS-B test set
@@ -14,6 +17,13 @@ def spearman(session, file):
 def test_fp32_scores_what_the_model_scores(compiled, minilm_folder, data_file):
     file = data_file(STSB)
     assert round(spearman(compiled(minilm_folder, "fp32")[0], file), 4) == REFERENCE
+
+
+def test_bf16_loses_less_than_a_tenth_of_a_point(compiled, minilm_folder, data_file):
+    if not cpu_flags().issuperset(BF16_ISAS["avx512_bf16"].cpu_flags):
+        pytest.skip("this CPU has no avx512_bf16")
+    file = data_file(STSB)
+    assert spearman(compiled(minilm_folder, "bf16")[0], file) > REFERENCE - 0.001
 
 
 def test_int8_loses_at_most_three_tenths_of_a_point(compiled, minilm_folder, data_file):

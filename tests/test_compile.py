@@ -16,7 +16,7 @@ from whet.describe import describe
 from whet.explain import explain_module
 from whet.runtime.artifact import open_artifact
 from whet.runtime.cpu import why_not
-from whet.schedules.isa import ISAS, host_isa
+from whet.schedules.isa import BF16_ISAS, ISAS, cpu_flags, host_isa
 
 REFERENCES = Path(__file__).parent / "references"
 SEEDED = sorted(p.parent.name for p in REFERENCES.glob("*/expected.npz"))
@@ -71,6 +71,11 @@ def run(session, data):
     return session.run_packed(data["ids"], data["lengths"], token_types=data["token_types"])
 
 
+needs_bf16 = pytest.mark.skipif(
+    not cpu_flags().issuperset(BF16_ISAS["avx512_bf16"].cpu_flags), reason="this CPU has no avx512_bf16"
+)
+
+
 @pytest.mark.parametrize("name", SEEDED)
 def test_fp32_equals_torch(compiled, name):
     session, report = compiled(REFERENCES / name, "fp32")
@@ -89,7 +94,27 @@ def test_int8_is_close_to_torch(compiled, name):
     assert len(report.layers) == 8
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_bf16_says_that_it_multiplies_zeros(tmp_path, monkeypatch):
+    skip_code_generation(monkeypatch)
+    options = {"isa": "avx512_bf16", "sparsity": 0.8}
+    report = whet.compile(REFERENCES / "bert-embedding", tmp_path / "m.so", "bf16", **options)
+    assert any("of the weights are 0, which bf16 multiplies too" in note for note in report.notes)
+    assert not whet.compile(REFERENCES / "bert-embedding", tmp_path / "m.so", "bf16", isa="avx512_bf16").notes
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", INTEGER)
+def test_bf16_is_closer_to_torch(compiled, name):
+    session, report = compiled(REFERENCES / name, "bf16")
+    data = expected(name)
+    got, want = run(session, data), data["output"]
+    assert np.linalg.norm(got - want) < 0.01 * np.linalg.norm(want)
+    assert report.precision == session.metadata.precision == "bf16"
+    assert report.isa == session.metadata.isa in BF16_ISAS
+    assert "uint16" in {weight.dtype for weight in session.metadata.weights}
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16), "int8"])
 def test_an_answer_never_depends_on_its_neighbours(compiled, precision):
     session, _ = compiled(REFERENCES / "bert-token", precision)
     data = expected("bert-token")
@@ -188,6 +213,22 @@ class TestVariants:
         report = whet.compile(REFERENCES / "bert-sequence", tmp_path / "m.so", "fp32", isa=given)
         assert [report.isa, *report.others] == names
 
+    def test_bf16_has_its_own(self, tmp_path, monkeypatch):
+        skip_code_generation(monkeypatch)
+        report = whet.compile(REFERENCES / "bert-sequence", tmp_path / "m.so", "bf16", isa="all")
+        assert [report.isa, *report.others] == [*BF16_ISAS]
+
+    @pytest.mark.parametrize(("precision", "name"), [("bf16", "avx2"), ("int8", "avx512_bf16"), ("fp32", "amx_bf16")])
+    def test_those_of_another_precision_are_refused(self, tmp_path, precision, name):
+        with pytest.raises(ValueError, match=f"isa is '{name}'; expected 'host', 'all', or some of .*'{precision}'"):
+            whet.compile(REFERENCES / "bert-sequence", tmp_path / "m.so", precision, isa=name)
+
+    def test_a_host_without_bfloat16_is_told_what_to_do(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("whet.schedules.isa.cpu_flags", lambda: frozenset(ISAS["avx512_vnni"].cpu_flags))
+        message = "lacks avx512_bf16, so it has none of amx_bf16, avx512_bf16; CPUs without it take precision 'int8'"
+        with pytest.raises(ValueError, match=message):
+            whet.compile(REFERENCES / "bert-sequence", tmp_path / "m.so", "bf16")
+
     def test_a_plain_graph_is_compiled_once_for_all(self, tmp_path, monkeypatch):
         skip_code_generation(monkeypatch)
         path = REFERENCES / "onnx" / "mpnet-ts17.onnx"
@@ -214,10 +255,11 @@ class TestOnnx:
         got = session.run(ids, mask)
         np.testing.assert_allclose(got[mask == 1], expected[mask == 1], atol=1e-4)
 
-    def test_int8_of_a_plain_graph_is_fp32_and_says_so(self, compiled):
-        session, report = compiled(REFERENCES / "onnx" / "mpnet-ts17.onnx", "int8")
+    @pytest.mark.parametrize("precision", ["int8", pytest.param("bf16", marks=needs_bf16)])
+    def test_of_a_plain_graph_all_is_fp32_and_says_so(self, compiled, precision):
+        session, report = compiled(REFERENCES / "onnx" / "mpnet-ts17.onnx", precision)
         assert session.metadata.precision == report.precision == "fp32"
-        assert any("plain" in note and "precision='int8'" in note for note in session.metadata.notes)
+        assert any("plain" in note and f"precision={precision!r}" in note for note in session.metadata.notes)
 
     def test_what_a_plain_graph_has_no_use_for_is_named(self, tmp_path, monkeypatch):
         skip_code_generation(monkeypatch)
@@ -266,6 +308,7 @@ class TestErrors:
             ({"max_length": 4096}, "max_length is 4096"),
             ({"calibration": []}, "calibration is empty"),
             ({"precision": "fp32", "quantisation": whet.QuantisationConfig()}, "leave one of them out"),
+            ({"precision": "bf16", "quantisation": whet.QuantisationConfig()}, "leave one of them out"),
         ],
     )
     def test_arguments(self, tmp_path, options, message):

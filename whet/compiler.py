@@ -28,12 +28,13 @@ from whet.passes.dialect import Pooling, shape_of
 from whet.passes.lower import untuned
 from whet.passes.pipeline import Compiled, Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
+from whet.passes.round_to_bf16 import SPARSE, share_of_zeros
 from whet.progress import Progress, Silent
 from whet.runtime.metadata import Metadata, Output, Weight
-from whet.schedules.isa import ISAS, Isa, host_isa
+from whet.schedules.isa import BF16_ISAS, ISAS, Isa, host_isa
 from whet.tune.records import TunedKnobs
 
-Precision: TypeAlias = Literal["int8", "fp32"]
+Precision: TypeAlias = Literal["int8", "bf16", "fp32"]
 Text: TypeAlias = "str | tuple[str, str]"
 Requests: TypeAlias = list[np.ndarray[Any, Any]]
 
@@ -100,11 +101,12 @@ def compile(
     Args:
         source: a Hugging Face folder (config.json, safetensors), an ONNX file, or an in-memory transformers model.
         output: the file to write; it appears only when it is complete.
-        precision: ``"int8"``, or ``"fp32"`` as the reference.
+        precision: ``"int8"``; ``"bf16"``, which is as accurate as float32 and faster, on CPUs that have it; or
+            ``"fp32"`` as the reference.
         calibration: texts, or pairs of texts, like the ones the model will see; default: texts that ship with Whet.
         quantisation: how activations become integers (int8 only).
-        isa: ``"host"``, a name in ``whet.schedules.isa.ISAS``, several of them, or ``"all"``. Of several the file holds
-            code for each, and loading takes the fastest that the CPU runs.
+        isa: ``"host"``, a name in ``whet.schedules.isa.ISAS`` (``BF16_ISAS`` for bf16), several of them, or
+            ``"all"``. Of several the file holds code for each, and loading takes the fastest that the CPU runs.
         task: what an ONNX file is for, where its outputs do not say.
         pooling: makes an embedding model of a source that has no head.
         tokenizer: for an in-memory model its tokenizer, for an ONNX file the folder with ``tokenizer.json``.
@@ -124,12 +126,12 @@ def compile(
 
     """
     if precision not in get_args(Precision):
-        raise ValueError(f"precision is {precision!r}; expected 'int8' or 'fp32'")
-    if precision == "fp32" and quantisation is not None:
-        raise ValueError("quantisation is given, but precision is 'fp32'; leave one of them out")
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
+    if precision != "int8" and quantisation is not None:
+        raise ValueError(f"quantisation is given, but precision is {precision!r}; leave one of them out")
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity is {sparsity}; expected a share of at least 0 and below 1")
-    targets = _isas(isa)
+    targets = _isas(isa, precision)
     output = Path(output)
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"the folder {output.parent} does not exist; create it, or name another output")
@@ -141,6 +143,8 @@ def compile(
         model = import_model(source, task=task, pooling=pooling, tokenizer=tokenizer)
         limit = length_limit(model, max_length)
     notes = model.notes
+    if model.dialect and precision == "bf16" and (zeros := max(sparsity, share_of_zeros(model.module))) > SPARSE:
+        notes += (f"{zeros:.0%} of the weights are 0, which bf16 multiplies too: precision 'int8' makes use of them.",)
     if not model.dialect:
         notes += _without_effect(precision, calibration, quantisation, sparsity, dump_ir, records)
         precision = "fp32"
@@ -155,6 +159,7 @@ def compile(
             isas=tuple(targets),
             max_length=limit,
             quantisation=(quantisation or QuantisationConfig()) if precision == "int8" else None,
+            bf16=precision == "bf16",
             sparsity=sparsity,
             block_rows=block_rows,
             dump_ir=Path(dump_ir) if dump_ir is not None else None,
@@ -236,16 +241,22 @@ def default_calibration() -> list[str]:
     return (files("whet") / "calibration.txt").read_text(encoding="utf-8").splitlines()
 
 
-def _isas(names: str | Sequence[str]) -> list[Isa]:
+def _isas(names: str | Sequence[str], precision: Precision) -> list[Isa]:
     """The instruction sets of these names, the fastest first."""
     names = [names] if isinstance(names, str) else list(names)
-    wrong = [name for name in names if name not in ("host", "all", *ISAS)]
+    known = BF16_ISAS if precision == "bf16" else ISAS
+    hint = "; CPUs without it take precision 'int8', or 'fp32'" if precision == "bf16" else ""
+    wrong = [name for name in names if name not in ("host", "all", *known)]
     if wrong or not names:
         raise ValueError(
-            f"isa is {wrong[0] if wrong else names!r}; expected 'host', 'all', or some of {', '.join(ISAS)}"
+            f"isa is {wrong[0] if wrong else names!r}; expected 'host', 'all', or some of {', '.join(known)} for "
+            f"precision {precision!r}{hint}"
         )
-    wanted = {host_isa().name if name == "host" else name for name in names}
-    return [isa for isa in ISAS.values() if not wanted.isdisjoint((isa.name, "all"))]
+    try:
+        wanted = {host_isa(known).name if name == "host" else name for name in names}
+    except ValueError as error:
+        raise ValueError(f"{error}{hint}") from None
+    return [isa for isa in known.values() if not wanted.isdisjoint((isa.name, "all"))]
 
 
 def _without_effect(
@@ -258,7 +269,7 @@ def _without_effect(
 ) -> tuple[str, ...]:
     """A note on what was asked for and is not done, for a model that was not recognised."""
     given = {
-        "precision='int8'": precision == "int8",
+        f"precision={precision!r}": precision != "fp32",
         "calibration": calibration is not None,
         "quantisation": quantisation is not None,
         f"sparsity={sparsity}": sparsity > 0,

@@ -286,9 +286,9 @@ class TestVariants:
     def test_without_amx_registers_the_next_is_taken(self, monkeypatch):
         fast, slow = (
             replace(tiny_module.METADATA, isa=isa, cpu_flags=flags)
-            for isa, flags in (("amx", ("amx_int8",)), ("avx2", ()))
+            for isa, flags in (("amx", ("amx_tile",)), ("avx2", ()))
         )
-        monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"amx_int8"}))
+        monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"amx_tile"}))
         monkeypatch.setattr(cpu, "request_amx", lambda: "")
         assert cpu.choose_variant([fast, slow]) is fast
         monkeypatch.setattr(cpu, "request_amx", lambda: "the kernel refuses")

@@ -7,10 +7,12 @@ import pytest
 import tvm_ffi
 from scipy import special
 
+from whet.schedules import bfloat16
 from whet.schedules import isa as isas
 
 TILE = 16
 NAMES = ("avx512_vnni", "avx_vnni", "avx2")
+BF16_NAMES = tuple(isas.BF16_ISAS)
 MIXED = [1, 2, 3, 17, 40, 128, 5, 16, 16, 1, 31, 64, *[8] * 9, 9, 7, 100]
 """Lengths of requests: short, long, and at many alignments."""
 
@@ -75,6 +77,12 @@ def from_quads(quads, tokens=None):
     """(nt, C / 4, 16, 4) to (t, C)."""
     count, quarter, _, _ = quads.shape
     return quads.transpose(0, 2, 1, 3).reshape(count * TILE, quarter * 4)[:tokens]
+
+
+def from_pairs(pairs, tokens=None):
+    """(nt, C / 2, 16, 2), bits of bfloat16, to float32 (t, C)."""
+    count, half, _, _ = pairs.shape
+    return bfloat16.from_bits(pairs).transpose(0, 2, 1, 3).reshape(count * TILE, half * 2)[:tokens]
 
 
 def fill_last_tile(rows):

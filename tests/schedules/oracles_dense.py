@@ -45,6 +45,8 @@ def empty_outputs(spec, tiles):
     n = spec.out_features
     if spec.output == "tiles":
         return [np.full((tiles, n, TILE), np.nan, np.float32)]
+    if spec.output == "pairs":
+        return [np.zeros((tiles, n // 2, TILE, 2), np.uint16)]
     if spec.output == "quads":
         return [np.zeros((tiles, n // 4, TILE, 4), np.uint8)]
     h = n // 3
@@ -72,10 +74,10 @@ def run(spec, isa, weight, x, rest, knobs=None):
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def to_quads(rows):
-    """``(tiles, C, 16)`` bytes as quads ``(tiles, C/4, 16, 4)``."""
-    tiles, channels, _ = rows.shape
-    return np.ascontiguousarray(rows.reshape(tiles, channels // 4, 4, TILE).transpose(0, 1, 3, 2))
+def to_quads(rows, channels=4):
+    """``(tiles, C, 16)`` bytes as quads ``(tiles, C/4, 16, 4)``, or with other numbers of channels together."""
+    split = rows.reshape(len(rows), -1, channels, TILE)
+    return np.ascontiguousarray(split.transpose(0, 1, 3, 2))
 
 
 def product(weight, rows):

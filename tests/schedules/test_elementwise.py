@@ -4,6 +4,7 @@ import numpy as np
 import oracles
 import pytest
 
+from whet.schedules import bfloat16
 from whet.schedules.elementwise import ActivateSpec, AddSpec, QuantizeSpec, elementwise
 
 
@@ -51,6 +52,14 @@ def test_quantize_per_token(isa, shift):
     np.testing.assert_allclose(got_shift, scale * zero, rtol=1e-6)
     back = oracles.from_quads(quads) * got_scale[:, None] - got_shift[:, None]
     assert (np.abs(back - rows) <= 0.51 * scale[:, None]).all()
+
+
+@pytest.mark.parametrize("isa", oracles.BF16_NAMES)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_round_to_bf16(isa, scale):
+    x = tiles_of(50, 24, scale)
+    (pairs,) = oracles.run(oracles.build(elementwise, QuantizeSpec(24, "bf16"), isa), [x], [((4, 12, 16, 2), "uint16")])
+    np.testing.assert_array_equal(oracles.from_pairs(pairs), bfloat16.rounded(oracles.from_tiles(x)))
 
 
 def test_refusals():

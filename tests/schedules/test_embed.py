@@ -4,6 +4,7 @@ import numpy as np
 import oracles
 import pytest
 
+from whet.schedules import bfloat16
 from whet.schedules.embed import EmbedSpec, embed
 
 EPS = 1e-12
@@ -50,6 +51,17 @@ def test_static(isa):
     )
     np.testing.assert_allclose(oracles.from_tiles(h), expected, atol=1e-5)
     np.testing.assert_array_equal(oracles.from_quads(quads), oracles.quantize(oracles.from_tiles(h), *requant))
+
+
+@pytest.mark.parametrize("isa", oracles.BF16_NAMES)
+def test_bf16(isa):
+    spec = EmbedSpec(50, 20, 1, 48, EPS, "f32", "bf16")
+    inputs, expected = data(np.random.default_rng(1), spec, 20)
+    h, pairs = oracles.run(
+        oracles.build(embed, spec, isa), inputs, [((2, 48, 16), "float32"), ((2, 24, 16, 2), "uint16")]
+    )
+    np.testing.assert_allclose(oracles.from_tiles(h), expected, atol=1e-5)
+    np.testing.assert_array_equal(oracles.from_pairs(pairs), bfloat16.rounded(oracles.from_tiles(h)))
 
 
 @pytest.mark.parametrize("isa", oracles.NAMES)

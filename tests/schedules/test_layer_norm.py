@@ -4,6 +4,7 @@ import numpy as np
 import oracles
 import pytest
 
+from whet.schedules import bfloat16
 from whet.schedules.layer_norm import LayerNormSpec, layer_norm
 
 EPS = 1e-12
@@ -54,6 +55,18 @@ def test_static(isa, zero):
     assert np.abs(got - oracles.quantize(y, *requant)).max() <= 1
     assert got.min() == 0 or zero > 128
     assert got.max() == 255 or zero < 128
+
+
+@pytest.mark.parametrize("isa", oracles.BF16_NAMES)
+def test_bf16(isa):
+    rng = np.random.default_rng(1)
+    x = rng.normal(0, 2, (37, 64)).astype("float32")
+    gamma, beta = parameters(rng, 64)
+    kernel = oracles.build(layer_norm, LayerNormSpec(64, EPS, "bf16"), isa)
+    tiles = oracles.to_tiles(x)
+    h, pairs = oracles.run(kernel, [tiles, gamma, beta], [(tiles.shape, "float32"), ((3, 32, 16, 2), "uint16")])
+    np.testing.assert_allclose(oracles.from_tiles(h, 37), oracles.layer_norm(x, gamma, beta, EPS), atol=1e-5)
+    np.testing.assert_array_equal(oracles.from_pairs(pairs), bfloat16.rounded(oracles.from_tiles(h)))
 
 
 @pytest.mark.parametrize("isa", oracles.NAMES)

@@ -7,14 +7,14 @@ corrected on the way, which SparseGPT's layer-wise targets do not do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Block
+from .hardware import autocast
 from .models import Encoder
 from .reconstruct import Moments, reconstruct
 
@@ -67,19 +67,21 @@ def _prune(
                     errors[full] = made.error
                 done += 1
                 advance(done)
-        calls = [(_next_call(layer, own), _next_call(wanted, other)) for own, other in calls]
+        with autocast():
+            calls = [(_next_call(layer, own), _next_call(wanted, other)) for own, other in calls]
     return errors
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class _Enough(Exception):
+    """Ends a run of a layer whose rest nobody needs."""
+
+
 def _first_call(encoder: Encoder, batch: Batch) -> Call:
     """What the first layer is called with."""
     found: list[Call] = []
-
-    class _Enough(Exception):
-        pass
 
     def take(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args, kwargs))
@@ -121,33 +123,45 @@ def _moments(
     """Of each dense layer of a group: its input in the pruned model, and what it should add to its residual."""
     found: dict[str, Moments] = {}
     sources = {name: residuals.get(name) for name in group}
-    names = {*group, *(source for source in sources.values() if source)}
+    streams = {source for source in sources.values() if source}
     for (own, other), mask in zip(calls, masks, strict=True):
-        with _taps(layer, names) as mine:
-            _run(layer, own)
-        with _taps(wanted, names) as theirs:
-            _run(wanted, other)
+        with autocast():
+            mine, _ = _watch(layer, own, inputs={*group, *streams}, outputs=set())
+            before, theirs = _watch(wanted, other, inputs=streams, outputs=set(group))
         for name in group:
-            x, target = mine[name][0][mask], theirs[name][1][mask]
+            x, target = mine[name][mask], theirs[name][mask].float()
             if source := sources[name]:
-                target = target + theirs[source][0][mask] - mine[source][0][mask]
+                target = target + before[source][mask].float() - mine[source][mask].float()
             if name not in found:
                 found[name] = Moments(x.shape[1], target.shape[1], x.device)
             found[name].add(x, target)
     return found
 
 
-@contextmanager
-def _taps(layer: nn.Module, names: set[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Input and output of these dense layers in the next run."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+def _watch(
+    layer: nn.Module, call: Call, inputs: set[str], outputs: set[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs and outputs of these dense layers in a run that ends when all are seen."""
+    seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
-    def tap(name: str) -> Any:
-        return lambda _module, inputs, output: seen.__setitem__(name, (inputs[0], output))
+    def note(side: int, name: str, value: Tensor) -> None:
+        seen[side][name] = value
+        if len(seen[0]) == len(inputs) and len(seen[1]) == len(outputs):
+            raise _Enough
 
-    handles = [layer.get_submodule(name).register_forward_hook(tap(name)) for name in names]
+    def before(name: str) -> Any:
+        return lambda _module, args: note(0, name, args[0])
+
+    def after(name: str) -> Any:
+        return lambda _module, _args, output: note(1, name, output)
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(before(name)) for name in inputs]
+    handles += [layer.get_submodule(name).register_forward_hook(after(name)) for name in outputs]
     try:
-        yield seen
+        _run(layer, call)
+    except _Enough:
+        pass
     finally:
         for handle in handles:
             handle.remove()
+    return seen

@@ -109,11 +109,10 @@ def _remove(weight: Tensor, inverse: Tensor, present: Tensor, cost: Tensor, leas
     while int(stay.sum()) > least:
         if not bool(stay.all()):
             kept, gone = _channels(stay), _channels(~stay)
-            rows = inverse[gone]
-            between = rows[:, kept]
-            step = torch.linalg.solve(rows[:, gone], between)
-            weight = weight[:, kept] - weight[:, gone] @ step
-            inverse = torch.addmm(inverse[kept][:, kept], between.T, step, alpha=-1)
+            between = _part(inverse, gone, kept)
+            step = torch.linalg.solve(_part(inverse, gone, gone), between)
+            weight = weight.index_select(1, kept) - weight.index_select(1, gone) @ step
+            inverse = _part(inverse, kept, kept).addmm_(between.T, step, alpha=-1)
             left = left[stay]
         saliency = _saliency(weight, inverse)
         order = saliency.argsort(stable=True)[: max(1, round((1 - ROUND) * len(left)))]
@@ -121,6 +120,11 @@ def _remove(weight: Tensor, inverse: Tensor, present: Tensor, cost: Tensor, leas
         reached = float(cost[left[order[-1]]])
         stay = torch.ones_like(left, dtype=torch.bool)
         stay[order] = False
+
+
+def _part(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``matrix[rows][:, columns]``, which takes several times as long."""
+    return matrix.index_select(0, rows).index_select(1, columns)
 
 
 def _channels(blocks: Tensor) -> Tensor:
@@ -145,6 +149,6 @@ def _solve(h: Tensor, g: Tensor, keep: Tensor, block: Block) -> Tensor:
         channels = _channels(pattern)
         if len(channels):
             rows = (groups[:, None] * block.rows + torch.arange(block.rows, device=groups.device)).flatten()
-            factor = torch.linalg.cholesky(h[channels][:, channels])
+            factor = torch.linalg.cholesky(_part(h, channels, channels))
             weight[rows[:, None], channels] = torch.cholesky_solve(g[rows][:, channels].T, factor).T
     return weight

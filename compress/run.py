@@ -17,11 +17,12 @@ from whet.progress import Progress
 
 from .data import Example, all_labels, check_examples, hold_out, read_examples, texts_of
 from .features import in_order, make_features
+from .hardware import device
 from .models import Encoder, has_head, load_encoder
 from .pruner import Pruner
 from .recipe import Recipe
 from .scores import Scorer
-from .train import append, device, train
+from .train import append, train
 
 HELD_OUT = 0.05
 """Share of the training data that is scored, where no development data is given."""

@@ -6,17 +6,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from whet.progress import Progress
-from whet.runtime.cpu import cpu_flags
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .features import Batches, Feature, collate
+from .hardware import autocast
 from .losses import distance, run
 from .models import Encoder
 from .pruner import Pruner
@@ -27,19 +26,6 @@ Log = Callable[[dict[str, Any]], None]
 
 CLIP = 1.0
 """Largest norm of a step's gradient."""
-
-
-def device() -> torch.device:
-    """The GPU if torch sees one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def autocast() -> AbstractContextManager[Any]:
-    """Multiply in bfloat16 where the machine does that fast."""
-    kind = device().type
-    fast = torch.cuda.is_bf16_supported() if kind == "cuda" else bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
-    context: AbstractContextManager[Any] = torch.autocast(kind, torch.bfloat16, enabled=fast)
-    return context
 
 
 def train(

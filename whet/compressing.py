@@ -291,8 +291,10 @@ def _measure(
                 options: dict[str, Any] = {"calibration": list(texts[:CALIBRATION])} if precision == "int8" else {}
                 with progress.phase(f"compile {name} {precision}"):
                     report = compile(source, module, precision, pooling=pooling, **options)  # type: ignore[arg-type]
-                scores = evaluate(load(module, 1), Dataset(rows), progress).scores if rows else {}
-                times = bench(module, sequences=SEQUENCES, progress=progress).timings
+                session = load(module, 1)
+                scores = evaluate(session, Dataset(rows), progress).scores if rows else {}
+                lengths = sorted({min(n, session.metadata.max_length) for n in SEQUENCES})
+                times = bench(module, sequences=lengths, progress=progress).timings
                 zeros = [(c.zeros, c.out_features * c.in_features) for c in report.layers]
                 found.append(
                     Measured(

@@ -1,0 +1,142 @@
+"""What users call: the recipe from options, the measured folder, the command."""
+
+import builtins
+import json
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="compress/ needs the extra compress")
+
+import transformers  # noqa: E402
+from tiny_encoders import make_model, make_sentence_encoder, sentences  # noqa: E402
+
+from whet import cli  # noqa: E402
+from whet.compress.recipe import Recipe  # noqa: E402
+from whet.compressing import CompressionReport, Measured, make_recipe  # noqa: E402
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(text for text, _ in sentences(200)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    rows = sentences(40, seed=5)
+    path = tmp_path / "pairs.csv"
+    lines = [f"{a},{b},{int(x == y)}" for (a, x), (b, y) in zip(rows[::2], rows[1::2], strict=True)]
+    path.write_text("text_a,text_b,score\n" + "\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_one_command_makes_a_measured_sparse_model(tmp_path, texts, pairs, capsys, monkeypatch):
+    monkeypatch.setattr("whet.bench.WARM_UP_SECONDS", 0.01)
+    monkeypatch.setattr("whet.bench.BLOCK_SECONDS", 0.001)
+    folder = make_sentence_encoder(tmp_path / "m")
+    output = tmp_path / "sparse"
+    command = ["compress", folder, "--data", texts, "--task", "embedding", "--sparsity", 0.75, "--block", "4x4"]
+    command += ["--development", pairs, "--test", pairs, "--set", "pruning.calibration=100", "-o", output, "--json"]
+    assert cli.main([str(word) for word in command]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["sparsity"] == pytest.approx(0.75) and report["score_name"] == "Spearman"
+    assert "version = 1" in err and "Spearman as it is" in err
+    assert [(m["model"], m["precision"]) for m in report["measured"]] == [
+        ("dense", "fp32"),
+        ("dense", "int8"),
+        ("sparse", "fp32"),
+        ("sparse", "int8"),
+    ]
+    dense, *_, sparse = report["measured"]
+    assert sparse["zeros"] == pytest.approx(0.75, abs=0.05) and -1 <= sparse["scores"]["spearman"] <= 1
+    assert set(sparse["milliseconds"]) == {"32", "64"}, "the model takes 64 tokens"
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "75.0% of the 4 × 4 blocks" in card and "| sparse int8 (7" in card and "[pruning]" in card
+    assert f"{dense['scores']['spearman']:.4f}" in card
+    assert Recipe.read(output / "recipe.toml").pruning.sparsity == 0.75
+    assert json.loads((output / "measured.json").read_text()) == report
+    model = transformers.AutoModel.from_pretrained(output)
+    assert float((model.encoder.layer[0].output.dense.weight == 0).float().mean()) >= 0.75
+
+    # The recipe that lies in the folder makes the same bits.
+    again = ["compress", "--recipe", str(output / "recipe.toml"), "--no-measure", "-o", str(tmp_path / "again")]
+    assert cli.main(again) == 0
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+    assert cli.main(again) == 1
+    assert "again exists; name another folder" in capsys.readouterr().err
+
+
+def test_options_and_fields_make_a_recipe(tmp_path):
+    folder = make_model(tmp_path / "m", "ForSequenceClassification", labels=("a", "b"))
+    options = {"model": str(folder), "task": "sequence_classification", "data": ["a.csv"], "method": "magnitude"}
+    recipe = make_recipe(None, options, ["training.batch=32", "data.columns.label=intent", "training.learning_rate=1"])
+    assert recipe.teacher == str(folder) and recipe.distillation.labels == 1.0
+    assert recipe.pruning.method == "magnitude" and recipe.pruning.updates == 20
+    assert recipe.data.columns == {"label": "intent"} and recipe.training.batch == 32
+    file = tmp_path / "r.toml"
+    file.write_text(recipe.to_toml(), encoding="utf-8")
+    changed = make_recipe(file, {"sparsity": 0.5, "teacher": ""}, ["pruning.updates=3"])
+    assert changed.pruning.sparsity == 0.5 and changed.pruning.updates == 3 and changed.teacher == ""
+    assert changed.data == recipe.data
+
+
+def test_a_model_without_the_head_has_no_teacher(tmp_path):
+    folder = make_model(tmp_path / "m")
+    recipe = make_recipe(None, {"model": str(folder), "task": "token_classification", "data": ["a.jsonl"]})
+    assert recipe.teacher == "" and recipe.distillation.labels == 1.0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "embedding"], "no model is given"),
+        (["m"], "no task is given"),
+        (["m", "--task", "embedding", "--set", "training"], "'training' is no field of a recipe"),
+        (["m", "--task", "embedding", "--set", "task.x=1"], "task is no table"),
+        (["m", "--task", "embedding", "--teacher", "", "--set", "luck=1"], "luck is no field of a recipe"),
+        (["m", "--task", "embedding", "--block", "3x3", "--teacher", ""], "block is '3x3'"),
+        (["m", "--task", "embedding"], "m has no config.json"),
+        (["m", "--task", "embedding", "--teacher", ""], "no data is given"),
+        (["m", "--task", "embedding", "--teacher", "", "--data", "a.txt"], "a.txt does not exist"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compress", *words, "-o", "out"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("whet: error: ") and message in last
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
+    for name in [n for n in sys.modules if n.startswith("whet.compress.")]:
+        if not name.endswith((".recipe", ".blocks")):
+            monkeypatch.delitem(sys.modules, name)
+    true_import = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        return true_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    command = ["compress", "m", "--task", "embedding", "--teacher", "", "--data", "a.txt", "-o", str(tmp_path / "o")]
+    assert cli.main(command) == 1
+    assert "pip install '.[compile,compress]'" in capsys.readouterr().err
+
+
+def test_the_table_has_a_row_per_module():
+    measured = tuple(
+        Measured("sparse", precision, {"accuracy": 0.9}, {32: 0.5, 128: 1.25}, 12_300_000, 0.8)
+        for precision in ("fp32", "int8")
+    )
+    report = CompressionReport("o", 0.8, 0.9, "accuracy", 0.91, 10.0, "a CPU", "test.csv", measured)
+    assert report.table().splitlines() == [
+        "|  | accuracy | ms at 32 tokens | ms at 128 tokens | MB |",
+        "| --- | --- | --- | --- | --- |",
+        "| sparse fp32 | 0.9000 | 0.500 | 1.250 | 12.3 |",
+        "| sparse int8 (80% zeros) | 0.9000 | 0.500 | 1.250 | 12.3 |",
+    ]
+    assert "on test.csv, one thread of a CPU:" in str(report)

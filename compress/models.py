@@ -5,7 +5,6 @@ Only what the compiler imports is supported: the BERT family and DistilBERT, saf
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .folders import has_head, pooling_of, transformer_path
 from .recipe import Task
 
 AUTO = {
@@ -25,12 +25,6 @@ AUTO = {
     "question_answering": "AutoModelForQuestionAnswering",
 }
 """The class of transformers that has the task's head."""
-ENDINGS = {
-    "embedding": "Model",
-    "sequence_classification": "ForSequenceClassification",
-    "token_classification": "ForTokenClassification",
-    "question_answering": "ForQuestionAnswering",
-}
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,7 @@ def load_encoder(folder: str | Path, task: Task, labels: Sequence[str] = ()) -> 
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; expected a Hugging Face model with config.json")
-    inner = root / _transformer_path(root)
+    inner = root / transformer_path(root)
     if not (inner / "config.json").is_file():
         raise FileNotFoundError(f"{inner} has no config.json; expected a Hugging Face model folder")
     config = transformers.AutoConfig.from_pretrained(inner, local_files_only=True)
@@ -167,50 +161,8 @@ def load_encoder(folder: str | Path, task: Task, labels: Sequence[str] = ()) -> 
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    pooling = _pooling(root) if task == "embedding" else ""
+    pooling = pooling_of(root) if task == "embedding" else ""
     return Encoder(model.eval(), FAMILIES[config.model_type], backend, task, inner, root, pooling, tuple(labels))
-
-
-def has_head(folder: str | Path, task: Task) -> bool:
-    """Whether the folder's model was made for ``task``."""
-    root = Path(folder)
-    path = root / _transformer_path(root) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{root} has no config.json; expected a Hugging Face model folder")
-    architecture = str((json.loads(path.read_text(encoding="utf-8")).get("architectures") or ["Model"])[0])
-    return architecture.endswith(ENDINGS[task])
-
-
-def _transformer_path(root: Path) -> str:
-    """Where a sentence-transformers folder keeps its transformer."""
-    modules = root / "modules.json"
-    if not modules.is_file():
-        return "."
-    listed = sorted(json.loads(modules.read_text(encoding="utf-8")), key=lambda module: int(module["idx"]))
-    if unknown := [
-        m["type"] for m in listed if m["type"].rpartition(".")[2] not in ("Transformer", "Pooling", "Normalize")
-    ]:
-        raise ValueError(f"{modules}: {unknown[0]} is not supported; expected Transformer, Pooling and Normalize")
-    return str(listed[0]["path"]) or "."
-
-
-def _pooling(root: Path) -> str:
-    """``mean``, ``cls`` or ``max`` of a sentence-transformers folder; mean where there is none."""
-    for path in sorted(root.glob("*_Pooling/config.json")):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        mode = config.get("pooling_mode")
-        if mode is None:
-            fields = {
-                "pooling_mode_cls_token": "cls",
-                "pooling_mode_max_tokens": "max",
-                "pooling_mode_mean_tokens": "mean",
-            }
-            modes = [name for field, name in fields.items() if config.get(field)]
-            mode = modes[0] if len(modes) == 1 else modes
-        if mode not in ("mean", "cls", "max"):
-            raise ValueError(f"{path}: pooling_mode is {mode!r}; supported: mean, cls, max")
-        return str(mode)
-    return "mean"
 
 
 class Recorder:

@@ -17,8 +17,9 @@ from whet.progress import Progress
 
 from .data import Example, all_labels, check_examples, hold_out, read_examples, texts_of
 from .features import in_order, make_features
+from .folders import has_head
 from .hardware import device
-from .models import Encoder, has_head, load_encoder
+from .models import Encoder, load_encoder
 from .pruner import Pruner
 from .recipe import Recipe
 from .scores import Scorer

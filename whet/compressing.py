@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from whet.bench import bench
 from whet.compiler import compile
 from whet.compress.blocks import Block
+from whet.compress.folders import has_head
 from whet.compress.recipe import Data, Distillation, Pruning, Recipe, Training, parse_value
 from whet.datasets import Dataset, LabelledText, Question, Row, ScoredPair, Text, read_dataset
 from whet.evaluate import evaluate
@@ -243,8 +244,6 @@ def _defaults(table: dict[str, Any]) -> None:
     if pruning.get("method") in ("magnitude", "movement", "snip_momentum"):
         pruning.setdefault("updates", 20)
     if "teacher" not in table:
-        from whet.compress.models import has_head  # noqa: PLC0415 -- torch takes seconds
-
         table["teacher"] = table["model"] if has_head(table["model"], table["task"]) else ""
 
 
@@ -277,8 +276,6 @@ def _measure(
     recipe: Recipe, folder: Path, rows: Sequence[Row], texts: Sequence[Text], progress: Progress
 ) -> tuple[Measured, ...]:
     """Compile, score and time the dense and the sparse model."""
-    from whet.compress.models import has_head  # noqa: PLC0415
-
     models = {"sparse" if recipe.pruning.sparsity else "fine-tuned": folder}
     if has_head(recipe.model, recipe.task):
         models = {"dense": Path(recipe.model), **models}

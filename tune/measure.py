@@ -22,7 +22,7 @@ from whet.runtime.cpu import request_amx
 from whet.schedules.gemm import parameter
 from whet.tune.arguments import make_arguments
 from whet.tune.instance import Instance, Knobs, generate
-from whet.tune.records import generator_version
+from whet.tune.version import kernel_version
 
 LABEL_BYTES = 8192
 FAR_BYTES = 4 << 20
@@ -44,7 +44,7 @@ class Experiment:
     def to_json(self) -> str:
         """One line of JSON from which ``from_json`` makes an equal experiment."""
         value = {
-            "version": generator_version(),
+            "version": kernel_version(self.instance),
             "kernel": self.instance.to_json(),
             "variants": [asdict(knobs) for knobs in self.variants],
             "rounds": self.rounds,
@@ -55,11 +55,11 @@ class Experiment:
     def from_json(text: str) -> Experiment:
         """Read what ``to_json`` wrote. ValueError if that was a process with other kernel generators."""
         value = json.loads(text)
-        if value["version"] != generator_version():
+        instance = Instance.from_json(value["kernel"])
+        if value["version"] != kernel_version(instance):
             raise ValueError(
                 "the kernel generators of a worker are not those of the job: were they edited? Start again"
             )
-        instance = Instance.from_json(value["kernel"])
         return Experiment(instance, tuple(instance.knobs(v) for v in value["variants"]), value["rounds"])
 
 
@@ -121,6 +121,17 @@ def evaluate(module: Any, _device: Any, _config: Any, _arguments: Any) -> list[f
 def unpack(seconds: list[float], experiment: Experiment) -> np.ndarray[Any, Any]:
     """From the result of ``evaluate`` to ``(tokens, rounds, variants)``."""
     return np.array(seconds).reshape(len(experiment.instance.tokens), experiment.rounds, len(experiment.variants))
+
+
+def ratios(seconds: np.ndarray[Any, Any]) -> list[tuple[float, ...]]:
+    """Times over those of variant 0 of the same round, the median of the rounds: ``[variant][token count]``."""
+    relative = np.median(seconds / seconds[:, :, :1], axis=1)
+    return [tuple(float(r) for r in column) for column in relative.T]
+
+
+def default_seconds(seconds: np.ndarray[Any, Any]) -> tuple[float, ...]:
+    """Median time of variant 0 for each token count."""
+    return tuple(float(s) for s in np.median(seconds[:, :, 0], axis=1))
 
 
 def _in_turns(module: Any, experiment: Experiment, tokens: int) -> list[list[float]]:

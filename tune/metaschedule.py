@@ -93,17 +93,21 @@ def tune_context(instance: Instance, seed: int) -> ms.TuneContext:
     strategy = ms.search_strategy.EvolutionarySearch(
         population_size=min(64, size), init_min_unmeasured=1, max_fail_count=50, genetic_num_iters=3
     )
+    return context(
+        instance,
+        space_generator=generator,
+        search_strategy=strategy,
+        task_name=str(instance),
+        rand_state=seed,
+        num_threads=1,
+    )
+
+
+def context(instance: Instance, **options: Any) -> ms.TuneContext:
+    """Return what MetaSchedule knows of an instance; without options enough for a cost model."""
     # A context imports TVM's tensor intrinsics, whose parsing takes 20 to 40 s (those of GPUs most); we use none.
     with patch.dict(sys.modules, {"tvm.s_tir.tensor_intrin": ModuleType("tvm.s_tir.tensor_intrin")}):
-        return ms.TuneContext(
-            workload(instance),
-            target=tvm.target.Target(isa(instance.isa).target),
-            space_generator=generator,
-            search_strategy=strategy,
-            task_name=str(instance),
-            rand_state=seed,
-            num_threads=1,
-        )
+        return ms.TuneContext(workload(instance), target=tvm.target.Target(isa(instance.isa).target), **options)
 
 
 @derived_object

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import cloudpickle  # noqa: F401 -- MetaSchedule needs the three, but would say so late or never
 import numpy as np
-import psutil  # noqa: F401
-import tvm
-import xgboost  # noqa: F401
-from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 
-from whet.progress import Progress
-from whet.schedules.isa import isa
+from whet.progress import Board, TaskProgress
 from whet.tune import metaschedule
 from whet.tune.instance import Instance, Knobs
-from whet.tune.measure import Experiment, allocate_nothing, build, evaluate, start_worker, unpack
+from whet.tune.job import BudgetSpentError, Builder, Job, Runner
+from whet.tune.laboratory import Laboratory, WorkersLostError
+from whet.tune.measure import Experiment, default_seconds, ratios
 from whet.tune.records import Record, Records
+from whet.tune.space import space
 
-ROUNDS = 7
-"""Turns of a candidate and the default in one trial."""
 BATCH = 8
 """Trials of a kernel between two updates of the cost model."""
-TOGETHER = 4
-"""Candidates that are built, and timed in turns, with one default."""
 SETTLE_ROUNDS = 25
 FINALISTS = 3
 SLOWER = 1.02
@@ -41,194 +30,14 @@ OFTEN = 0.8
 """The share of the rounds in which it must be faster."""
 SETTLE_SECONDS = 8.0
 """What settling one kernel takes, about: kept back from a budget of time."""
-TIMEOUT_SECONDS = 120.0
 WARM_UP = 24
 """Trials before the cost model is asked."""
-
-
-@dataclass
-class Laboratory:
-    """Builds and times experiments in MetaSchedule's worker processes; both survive a worker's death."""
-
-    builder: ms.builder.PyBuilder
-    runner: ms.runner.PyRunner
-
-    @staticmethod
-    def local() -> Laboratory:
-        """Use this machine, one process for each of the two."""
-        return Laboratory(
-            ms.builder.LocalBuilder(
-                max_workers=1, timeout_sec=TIMEOUT_SECONDS, f_build=build, initializer=start_worker
-            ),
-            ms.runner.LocalRunner(
-                timeout_sec=TIMEOUT_SECONDS,
-                f_alloc_argument=allocate_nothing,
-                f_run_evaluator=evaluate,
-                initializer=start_worker,
-            ),
-        )
-
-    def build(self, experiments: list[Experiment]) -> list[ms.builder.BuilderResult]:
-        """Build each experiment."""
-        inputs = []
-        for experiment in experiments:
-            module = metaschedule.workload(experiment.instance)
-            labelled = tvm.IRModule({"main": module["main"].with_attr("whet.experiment", experiment.to_json())})
-            target = tvm.target.Target(isa(experiment.instance.isa).target)
-            inputs.append(ms.builder.BuilderInput(labelled, target))
-        return list(self.builder.build(inputs))
-
-    def run(self, experiment: Experiment, path: str) -> tuple[np.ndarray[Any, Any] | None, str]:
-        """Time what was built; returns seconds ``(tokens, rounds, variants)``, or None and why there are none."""
-        (future,) = self.runner.run([ms.runner.RunnerInput(path, "cpu", [])])
-        result = future.result()
-        with suppress(OSError):
-            shutil.rmtree(Path(path).parent)
-        if result.run_secs is None:
-            return None, str(result.error_msg)
-        return unpack([float(s) for s in result.run_secs], experiment), ""
-
-
-class _BudgetSpent(Exception):
-    """No trials or no time are left."""
-
-
-@dataclass
-class _Job:
-    """Does what MetaSchedule wants measured, unless records already hold it, and keeps what comes out."""
-
-    laboratory: Laboratory
-    records: Records
-    trials: int | None
-    """How many settings may still be measured."""
-    deadline: float | None
-    advance: Callable[[int], None]
-    done: int = 0
-    stopped: BaseException | None = None
-    """What ended the search; TVM passes an exception on, but not its type."""
-    asked: dict[str, tuple[Instance, Knobs]] = field(default_factory=dict)
-    """Candidates by the path that stands for them in MetaSchedule's eyes."""
-    built: dict[tuple[Instance, Knobs], tuple[Experiment, ms.builder.BuilderResult]] = field(default_factory=dict)
-
-    def build(self, inputs: list[ms.builder.BuilderInput]) -> list[ms.builder.BuilderResult]:
-        try:
-            return [ms.builder.BuilderResult(path, None) for path in self.prepare([each.mod for each in inputs])]
-        except BaseException as stopped:
-            self.stopped = stopped
-            raise
-
-    def run(self, inputs: list[ms.runner.RunnerInput]) -> list[Any]:
-        try:
-            return [_Done(self.result(str(each.artifact_path))) for each in inputs]
-        except BaseException as stopped:
-            self.stopped = stopped
-            raise
-
-    def prepare(self, modules: list[tvm.IRModule]) -> list[str]:
-        """Build what no record answers for, several candidates with one default; returns the path of each."""
-        asked = []
-        for module in modules:
-            instance = metaschedule.instance_of(module)
-            asked.append((instance, instance.knobs(metaschedule.knob_values(module))))
-        fresh: dict[Instance, list[Knobs]] = {}
-        left = len(asked) if self.trials is None else self.trials - self.done
-        for instance, knobs in [a for a in asked if a[1] not in self.records.measured(a[0])][:left]:
-            fresh.setdefault(instance, []).append(knobs)
-        experiments = [
-            Experiment(instance, (instance.default_knobs(), *knobs[start : start + TOGETHER]), ROUNDS)
-            for instance, knobs in fresh.items()
-            for start in range(0, len(knobs), TOGETHER)
-        ]
-        for experiment, result in zip(experiments, self.laboratory.build(experiments), strict=True):
-            self.built.update({(experiment.instance, k): (experiment, result) for k in experiment.variants[1:]})
-        paths = [f"trial {len(self.asked) + i}" for i in range(len(asked))]
-        self.asked.update(zip(paths, asked, strict=True))
-        return paths
-
-    def result(self, path: str) -> Record:
-        """Answer for a candidate from the records, or by measuring it."""
-        instance, knobs = self.asked[path]
-        if knobs not in self.records.measured(instance):
-            if self.trials is not None and self.done >= self.trials:
-                raise _BudgetSpent
-            if self.done and self.deadline is not None and time.monotonic() > self.deadline:
-                raise _BudgetSpent
-            self.measure(*self.built.pop((instance, knobs)))
-        return self.records.measured(instance)[knobs]
-
-    def measure(self, experiment: Experiment, built: ms.builder.BuilderResult) -> None:
-        """Time an experiment and write down what came of each candidate."""
-        instance, (default, *candidates) = experiment.instance, experiment.variants
-        seconds, error = None, str(built.error_msg)
-        if built.artifact_path is not None:
-            seconds, error = self.laboratory.run(experiment, str(built.artifact_path))
-        if seconds is None and len(candidates) > 1:  # one has spoilt it for all: each by itself
-            alone = [Experiment(instance, (default, knobs), ROUNDS) for knobs in candidates]
-            for each, result in zip(alone, self.laboratory.build(alone), strict=True):
-                self.measure(each, result)
-            return
-        for i, knobs in enumerate(candidates, 1):
-            if seconds is None:
-                record = Record(instance, knobs, (), error=" ".join(error.split())[-300:])
-            else:
-                record = Record(instance, knobs, ratios(seconds)[i], default_seconds(seconds))
-            self.records.add(record)
-            self.done += 1
-            self.advance(self.done)
-
-
-@derived_object
-class _Builder(ms.builder.PyBuilder):  # type: ignore[misc]
-    def __init__(self, job: _Job) -> None:
-        super().__init__()
-        self.job = job
-
-    def build(self, build_inputs: list[ms.builder.BuilderInput]) -> list[ms.builder.BuilderResult]:
-        return self.job.build(build_inputs)
-
-
-@derived_object
-class _Runner(ms.runner.PyRunner):  # type: ignore[misc]
-    def __init__(self, job: _Job) -> None:
-        super().__init__()
-        self.job = job
-
-    def run(self, runner_inputs: list[ms.runner.RunnerInput]) -> list[Any]:
-        return self.job.run(runner_inputs)
-
-
-@derived_object
-class _Done(ms.runner.PyRunnerFuture):  # type: ignore[misc]
-    """A result that is there."""
-
-    def __init__(self, record: Record) -> None:
-        super().__init__()
-        self.record = record
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> ms.runner.RunnerResult:
-        if not self.record.ratios:
-            return ms.runner.RunnerResult(None, self.record.error)
-        return ms.runner.RunnerResult(list(self.record.ratios), None)
-
-
-def ratios(seconds: np.ndarray[Any, Any]) -> list[tuple[float, ...]]:
-    """Times over those of variant 0 of the same round, the median of the rounds: ``[variant][token count]``."""
-    relative = np.median(seconds / seconds[:, :, :1], axis=1)
-    return [tuple(float(r) for r in column) for column in relative.T]
-
-
-def default_seconds(seconds: np.ndarray[Any, Any]) -> tuple[float, ...]:
-    """Median time of variant 0 for each token count."""
-    return tuple(float(s) for s in np.median(seconds[:, :, 0], axis=1))
 
 
 def tune(
     instances: Mapping[Instance, int],
     records: Records,
-    progress: Progress,
+    progress: TaskProgress,
     *,
     trials: int | None = None,
     minutes: float | None = None,
@@ -260,13 +69,20 @@ def tune(
     laboratory = laboratory or Laboratory.local()
     known = sum(len(records.measured(instance)) for instance in instances)
     left = None if trials is None else max(0, trials - known)
-    with progress.phase(f"search the knobs of {len(instances)} kernels", left) as advance:
-        job = _Job(laboratory, records, left, deadline, advance)
+    names, sizes = zip(*((str(i), sum(1 for _ in space(i))) for i in instances), strict=True)
+    seconds = None if minutes is None else minutes * 60
+    with progress.tasks(f"search the knobs of {len(instances)} kernels", names, sizes, left, seconds) as board:
+        standing = _Standing(instances, records, board)
+        job = Job(laboratory, records, left, deadline, standing.note)
         try:
             _search(instances, job, seed)
         except BaseException as error:
-            if not isinstance(job.stopped or error, _BudgetSpent):
-                raise job.stopped or error from None
+            stopped = job.stopped or error
+            if not isinstance(stopped, BudgetSpentError | WorkersLostError):
+                job.collect()  # what is measured is kept
+            if not isinstance(stopped, BudgetSpentError):
+                raise stopped from None
+        job.collect(wait=True)
     if not any(record.ratios for instance in instances for record in records.measured(instance).values()):
         errors = [record.error for i in instances for record in records.measured(i).values() if record.error]
         raise RuntimeError(f"not one candidate could be measured; the last error: {errors[-1] if errors else 'none'}")
@@ -275,7 +91,44 @@ def tune(
     return {i: verdict for i in instances if (verdict := records.settled(i)) is not None}
 
 
-def _search(instances: Mapping[Instance, int], job: _Job, seed: int) -> None:
+class _Standing:
+    """Shows how far the search is: of every kernel the best so far, of all the gain, each weighed by its time."""
+
+    def __init__(self, instances: Mapping[Instance, int], records: Records, board: Board) -> None:
+        self.uses, self.records, self.board = instances, records, board
+        self.fresh = 0
+        for instance in instances:
+            self._show(instance)
+
+    def note(self, record: Record) -> None:
+        self.fresh += 1
+        self._show(record.instance)
+
+    def _show(self, instance: Instance) -> None:
+        tried = self.records.measured(instance)
+        best = min(tried.values(), key=lambda r: r.ratio, default=None)
+        what = f"best {_time(best)}, {1 / best.ratio - 1:+.1%}" if best is not None and best.ratios else ""
+        self.board.task(list(self.uses).index(instance), len(tried), what)
+        self.board.all(self.fresh, f"gain {self._gain():+.1%}")
+
+    def _gain(self) -> float:
+        """What the best of every kernel gain in a model, if its other kernels took no time."""
+        before = after = 0.0
+        for instance, uses in self.uses.items():
+            measured = [r for r in self.records.measured(instance).values() if r.ratios]
+            if measured:
+                time = uses * sum(measured[-1].seconds)
+                before, after = before + time, after + time * min(1.0, *(r.ratio for r in measured))
+        return before / after - 1 if after else 0.0
+
+
+def _time(record: Record) -> str:
+    """Time of a record's setting at the largest of the token counts."""
+    seconds = record.seconds[-1] * record.ratios[-1]
+    return f"{seconds * 1e6:.0f} µs for {record.instance.tokens[-1]} tokens"
+
+
+def _search(instances: Mapping[Instance, int], job: Job, seed: int) -> None:
     if job.trials == 0:
         return
     seconds = _measure_defaults(instances, job)
@@ -287,18 +140,18 @@ def _search(instances: Mapping[Instance, int], job: _Job, seed: int) -> None:
         early_stopping_rounds=10,
         verbose_eval=0,
     )
-    tasks = [metaschedule.tune_context(instance, seed + i) for i, instance in enumerate(instances)]
-    for instance, task in zip(instances, tasks, strict=True):
-        found = [r for r in job.records.measured(instance).values() if r.ratios]
-        remember(found, task, database, model)
+    tasks = {instance: metaschedule.tune_context(instance, seed + i) for i, instance in enumerate(instances)}
+    for instance in dict.fromkeys(r.instance for r in job.records.records):
+        task = tasks.get(instance)
+        remember(list(job.records.measured(instance).values()), task, database, model)
     ms.tune.tune_tasks(
-        tasks=tasks,
+        tasks=list(tasks.values()),
         task_weights=[uses * seconds[instance] for instance, uses in instances.items()],
         work_dir="",  # the database is in memory; nothing is written there
         max_trials_global=1 << 20,  # the job counts what is really measured
         num_trials_per_iter=BATCH if job.trials is None else max(1, min(BATCH, job.trials - job.done)),
-        builder=_Builder(job),
-        runner=_Runner(job),
+        builder=Builder(job),
+        runner=Runner(job),
         database=database,
         cost_model=model,
         measure_callbacks=[ms.measure_callback.AddToDatabase(), ms.measure_callback.UpdateCostModel()],
@@ -306,28 +159,35 @@ def _search(instances: Mapping[Instance, int], job: _Job, seed: int) -> None:
     )
 
 
-def _measure_defaults(instances: Iterable[Instance], job: _Job) -> dict[Instance, float]:
+def _measure_defaults(instances: Iterable[Instance], job: Job) -> dict[Instance, float]:
     """Seconds that the default takes, over all token counts: the first trial of each instance; 0 if it can't run."""
     defaults = {i: i.default_knobs() for i in instances}
-    for path in job.prepare([metaschedule.schedule_of(i, knobs).mod for i, knobs in defaults.items()]):
+    paths = job.prepare([metaschedule.schedule_of(i, knobs).mod for i, knobs in defaults.items()])
+    job.start(paths)
+    for path in paths:
         job.result(path)
     return {i: sum(job.records.measured(i)[knobs].seconds) for i, knobs in defaults.items()}
 
 
 def remember(
-    found: list[Record], task: ms.TuneContext, database: ms.database.Database, model: ms.cost_model.PyCostModel
+    tried: list[Record], task: ms.TuneContext | None, database: ms.database.Database, model: ms.cost_model.PyCostModel
 ) -> None:
-    """Give earlier records to MetaSchedule: its search starts from the best of them, its cost model learns from all."""
+    """Give the records of a kernel to MetaSchedule: the cost model learns from them.
+
+    If the kernel is a ``task`` of this job, its search starts from the best of them.
+    """
+    found = [record for record in tried if record.ratios]
     if not found:
         return
-    token = database.commit_workload(task.mod)
     candidates, results = zip(*map(metaschedule.replay, found), strict=True)
-    for candidate, record in zip(candidates, found, strict=True):
-        trace = candidate.sch.trace
-        database.commit_tuning_record(
-            ms.database.TuningRecord(trace, token, list(record.ratios), task.target, candidate.args_info)
-        )
-    model.update(task, list(candidates), list(results))
+    if task is not None:
+        token = database.commit_workload(task.mod)
+        for candidate, record in zip(candidates, found, strict=True):
+            trace = candidate.sch.trace
+            database.commit_tuning_record(
+                ms.database.TuningRecord(trace, token, list(record.ratios), task.target, candidate.args_info)
+            )
+    model.update(task or metaschedule.context(found[0].instance), list(candidates), list(results))
 
 
 def settle(
@@ -343,10 +203,12 @@ def settle(
     done = 0
     for start in range(0, len(experiments), BATCH):  # what was built is timed soon: an interrupt loses little
         batch = experiments[start : start + BATCH]
-        for experiment, result in zip(batch, laboratory.build(batch), strict=True):
-            seconds = None
-            if result.artifact_path is not None:
-                seconds, _ = laboratory.run(experiment, str(result.artifact_path))
+        timings = [
+            None if result.artifact_path is None else laboratory.start(experiment, str(result.artifact_path))
+            for experiment, result in zip(batch, laboratory.build(batch), strict=True)
+        ]
+        for experiment, timing in zip(batch, timings, strict=True):
+            seconds = None if timing is None else timing.result()[0]
             if seconds is not None:
                 knobs, found = _winner(experiment.variants, seconds)
                 records.add(Record(experiment.instance, knobs, found, default_seconds(seconds), settled=True))

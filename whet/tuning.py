@@ -12,9 +12,10 @@ import numpy as np
 from whet.compiler import import_model, length_limit
 from whet.passes.pipeline import Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
-from whet.progress import Progress, Silent
+from whet.progress import Progress, Silent, TaskProgress
 from whet.schedules import isa as isas
 from whet.tune.instance import Instance
+from whet.tune.machine import Machine
 from whet.tune.records import Records
 from whet.tune.report import TuningReport, report_records
 
@@ -72,9 +73,13 @@ def tune(
     block_rows: int = 4,
     max_length: int | None = None,
     seed: int = 1,
-    progress: Progress | None = None,
+    tracker: str | None = None,
+    key: str | None = None,
+    progress: TaskProgress | None = None,
 ) -> TuningReport:
-    """Search the best settings of every kernel of a model on this machine, and keep them in the folder ``records``.
+    """Search the best settings of every kernel of a model, and keep them in the folder ``records``.
+
+    Kernels are timed on this machine, or on the workers of a tracker, all at the same time. They are built here.
 
     ``whet.compile(…, records=records)`` with the same options then uses them. The job can be interrupted at any moment
     and called again: what was measured is kept, and counts.
@@ -84,7 +89,7 @@ def tune(
         records: the folder; made if it does not exist.
         trials: settings to measure over all kernels, with those that the folder has.
         minutes: time to search; with both, whichever ends first.
-        isa: one instruction set that this machine has.
+        isa: one instruction set that the machine has which times kernels; ``"host"``: its best.
         task: as all up to ``max_length``, what ``whet.compile`` is given for the same model.
         pooling: so too.
         tokenizer: so too.
@@ -93,22 +98,36 @@ def tune(
         block_rows: so too.
         max_length: so too.
         seed: of the search.
+        tracker: ``host:port`` of TVM's RPC tracker.
+        key: that of its workers which are meant; they have CPUs of one type.
         progress: told of every phase.
 
     Returns:
         What was gained, for the kernels of this model.
 
     Raises:
-        ValueError: an argument is wrong, no budget is given, or no encoder was recognised.
-        RuntimeError: not one candidate could be measured.
+        ValueError: an argument is wrong, no budget is given, no encoder was recognised, or the tracker has no workers.
+        ConnectionError: there is no tracker.
+        RuntimeError: not one candidate could be measured, or the workers died.
         ModuleNotFoundError: xgboost, psutil or cloudpickle is not installed.
 
     """
     from whet.tune import search  # noqa: PLC0415 -- needs packages that compiling does not
+    from whet.tune.laboratory import Laboratory  # noqa: PLC0415
 
-    target = isas.host_isa() if isa == "host" else isas.isa(isa)
-    if missing := sorted(set(target.cpu_flags) - isas.cpu_flags()):
-        raise ValueError(f"isa is {isa!r}, but this CPU lacks {', '.join(missing)}: tune on a machine that has them")
+    if (tracker is None) != (key is None):
+        raise ValueError(
+            f"the tracker is {tracker!r}, the key {key!r}; expected both, or neither to tune on this machine"
+        )
+    if tracker is None:
+        laboratory, machine = Laboratory.local(), Machine.here()
+    else:
+        from whet.tune import remote, worker  # noqa: PLC0415
+
+        laboratory, machine = remote.laboratory(worker.address(tracker), str(key))
+    target = machine.best_isa() if isa == "host" else isas.isa(isa)
+    if reason := machine.why_not(target):
+        raise ValueError(f"isa is {isa!r}, but of {machine.name}: {reason}; tune on a machine that has it")
     progress = progress or Silent()
     with progress.phase("import"):
         model = import_model(source, task=task, pooling=pooling, tokenizer=tokenizer)
@@ -122,6 +141,6 @@ def tune(
         progress=progress,
     )
     Path(records).mkdir(parents=True, exist_ok=True)
-    opened = Records.open(records, target)
-    search.tune(instances, opened, progress, trials=trials, minutes=minutes, seed=seed)
+    opened = Records.open(records, target, machine.cpu)
+    search.tune(instances, opened, progress, trials=trials, minutes=minutes, seed=seed, laboratory=laboratory)
     return report_records([opened], list(instances))

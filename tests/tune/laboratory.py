@@ -26,8 +26,19 @@ def ratio(knobs):
     return 0.5 + 0.1 * steps
 
 
+class Done:
+    def __init__(self, outcome):
+        self.outcome = outcome
+
+    def done(self):
+        return True
+
+    def result(self):
+        return self.outcome
+
+
 class ComputedTimes:
-    """Stands for ``whet.tune.search.Laboratory``; ``ran`` are the settings that it was asked to time."""
+    """Stands for ``whet.tune.laboratory.Laboratory``; ``ran`` are the settings that it was asked to time."""
 
     def __init__(self, fails=lambda knobs: False, stop_after=None):
         self.fails, self.stop_after = fails, stop_after
@@ -36,7 +47,10 @@ class ComputedTimes:
     def build(self, experiments):
         return [ms.builder.BuilderResult(f"/nowhere/{id(e)}/module", None) for e in experiments]
 
-    def run(self, experiment, path):
+    def start(self, experiment, path):
+        return Done(self._run(experiment, path))
+
+    def _run(self, experiment, path):
         assert Path(path).parent.name == str(id(experiment))
         if self.stop_after is not None and len(self.ran) >= self.stop_after:
             raise KeyboardInterrupt

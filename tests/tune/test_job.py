@@ -6,8 +6,9 @@ from laboratory import ISAS, Instance
 from whet.progress import Silent
 from whet.schedules.dense import DenseSpec
 from whet.schedules.isa import cpu_flags
+from whet.tune.laboratory import Laboratory
 from whet.tune.records import Records
-from whet.tune.search import Laboratory, tune
+from whet.tune.search import tune
 
 AVX2 = ISAS["avx2"]
 

@@ -10,9 +10,9 @@ from whet.schedules.attention import AttentionSpec
 from whet.schedules.dense import DenseSpec
 from whet.schedules.isa import cpu_flags
 from whet.tune.arguments import make_arguments
+from whet.tune.laboratory import Laboratory
 from whet.tune.measure import Experiment, allocate_nothing, build, evaluate, read_label, unpack
 from whet.tune.metaschedule import workload
-from whet.tune.search import Laboratory
 from whet.tune.space import space
 
 AVX2 = ISAS["avx2"]
@@ -45,7 +45,7 @@ def test_workers_with_other_generators_refuse(monkeypatch):
     instance = Instance.of(KERNELS[0], AVX2)
     text = Experiment(instance, (instance.default_knobs(),), 2).to_json()
     assert Experiment.from_json(text).instance == instance
-    monkeypatch.setattr("whet.tune.measure.generator_version", lambda: "other")
+    monkeypatch.setattr("whet.tune.measure.kernel_version", lambda _: "other")
     with pytest.raises(ValueError, match="generators"):
         Experiment.from_json(text)
 
@@ -86,7 +86,7 @@ def test_a_worker_that_dies_fails_its_trial_only(tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         kernel.export_library(str(tmp_path / name / "m.so"))
-    assert laboratory.run(experiment, str(tmp_path / "first" / "m.so"))[0] is None
-    seconds, error = laboratory.run(experiment, str(tmp_path / "second" / "m.so"))
+    assert laboratory.start(experiment, str(tmp_path / "first" / "m.so")).result()[0] is None
+    seconds, error = laboratory.start(experiment, str(tmp_path / "second" / "m.so")).result()
     assert seconds.shape == (4, 1, 1) and not error
     assert not (tmp_path / "second").exists()

@@ -3,13 +3,13 @@ import threading
 
 import pytest
 
-from whet.runtime.cpu import cpu_model
 from whet.schedules.dense import DenseSpec
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import ISAS
 from whet.tune import records as module
 from whet.tune.instance import Instance
-from whet.tune.records import Record, Records, TunedKnobs, all_records, file_name, generator_version, merge
+from whet.tune.machine import cpu_type
+from whet.tune.records import Record, Records, TunedKnobs, all_records, file_name, merge
 from whet.tune.report import report
 
 AVX2 = ISAS["avx2"]
@@ -37,7 +37,7 @@ def test_what_is_added_is_read_again(tmp_path):
 
 def test_each_instruction_set_and_cpu_has_its_file(tmp_path):
     Records.open(tmp_path, AVX2).add(TRIAL)
-    assert [p.name for p in tmp_path.iterdir()] == [file_name("avx2", cpu_model())]
+    assert [p.name for p in tmp_path.iterdir()] == [file_name("avx2", cpu_type())]
     assert not Records.open(tmp_path, ISAS["avx_vnni"]).records
     assert not Records.open(tmp_path, AVX2, "Another CPU @ 2 GHz").records
     assert file_name("avx2", "AMD EPYC(TM) 9K @ 2.0GHz ") == "avx2--AMD-EPYC-TM-9K-2-0GHz.jsonl"
@@ -45,7 +45,7 @@ def test_each_instruction_set_and_cpu_has_its_file(tmp_path):
 
 def damaged(change):
     """A line of a verdict with its JSON object changed."""
-    value = json.loads(module._format(VERDICT, cpu_model(), generator_version()))
+    value = json.loads(module.format_record(VERDICT, cpu_type()))
     change(value)
     return json.dumps(value)
 
@@ -69,7 +69,7 @@ def damaged(change):
     ],
 )
 def test_lines_that_do_not_hold_here_are_never_applied(tmp_path, line, reason):
-    path = tmp_path / file_name("avx2", cpu_model())
+    path = tmp_path / file_name("avx2", cpu_type())
     path.write_text(line + "\n")
     tuned = TunedKnobs(tmp_path, [AVX2])
     assert tuned(LAYER, AVX2, 1.0) is None
@@ -101,17 +101,6 @@ def test_two_writers(tmp_path):
     assert len(again.records) == 300 and not again.skipped
 
 
-def test_the_version_changes_with_the_generators(tmp_path, monkeypatch):
-    before = generator_version()
-    (tmp_path / "__init__.py").write_text("")
-    monkeypatch.setattr("whet.schedules.__file__", str(tmp_path / "__init__.py"))
-    generator_version.cache_clear()
-    changed = generator_version()
-    monkeypatch.undo()
-    generator_version.cache_clear()
-    assert changed != before == generator_version()
-
-
 def test_merge(tmp_path):
     first, second, into = (tmp_path / name for name in ("a", "b", "into"))
     for folder, record in ((first, TRIAL), (second, VERDICT)):
@@ -119,7 +108,7 @@ def test_merge(tmp_path):
         Records.open(folder, AVX2).add(record)
     with next(second.iterdir()).open("a") as file:
         file.write("no record\n" + damaged(lambda v: v.update(version="old")) + "\n")
-    name = file_name("avx2", cpu_model())
+    name = file_name("avx2", cpu_type())
     assert merge(into, [first, second]) == {name: 3}
     assert merge(into, [first, second]) == {name: 0}
     merged = Records.open(into, AVX2)
@@ -142,7 +131,7 @@ def test_the_passes_get_the_verdict_only(tmp_path):
     tuned = TunedKnobs(tmp_path, [AVX2])
     assert tuned(LAYER, AVX2, 1.0) == KNOBS
     assert tuned(DenseSpec(64, 36, "i8"), AVX2, 1.0) is None
-    assert tuned.notes() == (f"Knobs of 1 of 2 kernels come from records of {cpu_model()}.",)
+    assert tuned.notes() == (f"Knobs of 1 of 2 kernels come from records of {cpu_type()}.",)
 
 
 def test_report(tmp_path):
@@ -153,6 +142,6 @@ def test_report(tmp_path):
     assert found.speedup == pytest.approx(1 / (0.9 * 0.8 * 0.85 * 0.95) ** 0.25)
     assert "+14.5%" in str(found) and "16: 0.90" in str(found)
     assert json.loads(found.to_json())["gains"][0]["knobs"]["rows"] == 4
-    assert [r.cpu for r in all_records(tmp_path)] == [cpu_model()]
+    assert [r.cpu for r in all_records(tmp_path)] == [cpu_type()]
     with pytest.raises(FileNotFoundError, match="no records"):
         report(tmp_path / "none")

@@ -1,8 +1,11 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 from laboratory import GOAL, SMALL, SPARSE, VNNI, ComputedTimes
 
 from whet.progress import Silent
+from whet.tune import metaschedule
 from whet.tune.records import Records
 from whet.tune.search import _winner, tune
 from whet.tune.space import space
@@ -87,3 +90,18 @@ def test_a_faster_setting_wins_unless_it_is_slower_somewhere():
     both = [(0.9, 0.9, 0.9, 0.9), (0.8, 0.8, 0.8, 0.8)]
     knobs, ratios = _winner(finalists, times(rng, both, 0.02))
     assert knobs == finalists[2] and ratios == pytest.approx((0.8,) * 4, rel=0.02)
+
+
+def test_kernels_of_other_models_teach_the_cost_model(tmp_path, monkeypatch):
+    job(tmp_path, {SPARSE: 1}, trials=12, laboratory=ComputedTimes())
+    learned = Counter()
+    model = metaschedule.ms.cost_model.XGBModel._cls
+    update = model.update
+
+    def count(self, context, candidates, results):
+        learned[str(metaschedule.instance_of(context.mod))] += len(candidates)
+        update(self, context, candidates, results)
+
+    monkeypatch.setattr(model, "update", count)
+    job(tmp_path, trials=4, laboratory=ComputedTimes())
+    assert learned[str(SPARSE)] == 12 and learned[str(SMALL)] >= 4

@@ -25,7 +25,6 @@ from whet.link import Blob, find_compiler, write_module
 from whet.passes.assemble import assemble
 from whet.passes.choose_kernels import Choice
 from whet.passes.dialect import Pooling, shape_of
-from whet.passes.lower import untuned
 from whet.passes.pipeline import Compiled, Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
 from whet.passes.round_to_bf16 import SPARSE, share_of_zeros
@@ -114,7 +113,8 @@ def compile(
         block_rows: height R of the R × 4 blocks of ``sparsity``.
         max_length: shorter limit for a request than the model's, in tokens.
         dump_ir: folder for the module after each pass.
-        records: folder that ``whet tune`` wrote: kernels take the settings that it found best.
+        records: folder that ``whet tune`` wrote, or one file of it, which is for one type of CPU: kernels take the
+            settings that it found best. Those that it does not know take settings that ship with Whet for this CPU.
         progress: told of every phase.
 
     Returns:
@@ -136,7 +136,7 @@ def compile(
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"the folder {output.parent} does not exist; create it, or name another output")
     find_compiler()
-    tuned = TunedKnobs(records, targets) if records is not None else None
+    tuned = TunedKnobs(records, targets)
     clock = _Clock(progress or Silent())
 
     with clock.phase("import"):
@@ -163,13 +163,12 @@ def compile(
             sparsity=sparsity,
             block_rows=block_rows,
             dump_ir=Path(dump_ir) if dump_ir is not None else None,
-            tuned=tuned or untuned,
+            tuned=tuned,
         )
         compiled = run_pipeline(model.module, options, requests, token_types, clock)
         layers = [tuple(variant.choices) for variant in compiled]
-        if tuned is not None:
-            notes += tuned.notes()
-            describe = partial(_metadata, model, notes, precision, limit)
+        notes += tuned.notes()
+        describe = partial(_metadata, model, notes, precision, limit)
         with clock.phase("6 assemble"):
             entries = [f"main_{target.name}" for target in targets] if len(targets) > 1 else ["main"]
             built = [_assemble(*each, weights, describe) for each in zip(compiled, targets, entries, strict=True)]

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 _COMPILER_PACKAGES = ("tvm", "onnx", "safetensors")
 _TUNING_PACKAGES = ("xgboost", "psutil", "cloudpickle")
+_TRAINING_PACKAGES = ("torch", "transformers", "tomli")
 _SOURCE = ("task", "pooling", "tokenizer", "sparsity", "block_rows")
 """Options that say what the model is and what is made of it."""
+_RECIPE = ("model", "task", "teacher", "data", "development", "format", "sparsity", "block", "method", "steps", "seed")
+"""Options that are fields of a recipe."""
 _FOR_ENCODERS = ("precision", "calibration", "calibration_method", "activations", "sparsity", "block_rows", "dump_ir")
 """Options that do nothing for a model that is not recognised as an encoder."""
 _MATRIX = 10
@@ -59,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = list(sys.argv[1:] if args is None else args)
-        if " ".join(args[:2]) in ("tune report", "tune merge", "tune worker"):
+        if " ".join(args[:2]) in ("tune report", "tune merge"):
             args[:2] = [" ".join(args[:2])]
         return super().parse_known_args(args, namespace)
 
@@ -94,6 +97,9 @@ def _message(error: Exception) -> str:
         return f"this needs the compiler ({error.name} is not installed): pip install '.[compile]' in a clone of Whet"
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _TUNING_PACKAGES:
         return f"tuning needs {error.name}, which is not installed: pip install '.[tune]' in a clone of Whet"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _TRAINING_PACKAGES:
+        needed = f"compressing needs {error.name}, which is not installed"
+        return f"{needed}: pip install '.[compile,compress]' in a clone of Whet"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split()) or "no message"
@@ -249,7 +255,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _tune(args: argparse.Namespace) -> None:
     from whet.tuning import tune  # noqa: PLC0415
 
-    options = _given(args, *_SOURCE, "isa", "max_length", "trials", "minutes", "tracker", "key")
+    options = _given(args, *_SOURCE, "isa", "max_length", "trials", "minutes")
     if args.activations is not None:
         from whet import QuantisationConfig  # noqa: PLC0415
 
@@ -260,18 +266,7 @@ def _tune(args: argparse.Namespace) -> None:
 def _tune_report(args: argparse.Namespace) -> None:
     from whet.tune.report import report  # noqa: PLC0415
 
-    found = report(args.records)
-    if args.picture is not None:
-        from whet.tune.picture import draw  # noqa: PLC0415
-
-        Path(args.picture).write_text(draw(found), encoding="utf-8")
-    _print(found, args.json)
-
-
-def _tune_worker(args: argparse.Namespace) -> None:
-    from whet.tune.worker import address, serve  # noqa: PLC0415
-
-    serve(address(args.tracker), args.key)
+    _print(report(args.records), args.json)
 
 
 def _tune_merge(args: argparse.Namespace) -> None:
@@ -281,6 +276,23 @@ def _tune_merge(args: argparse.Namespace) -> None:
     print(
         json.dumps(added) if args.json else "\n".join(f"{name}: {count} records added" for name, count in added.items())
     )
+
+
+def _compress(args: argparse.Namespace) -> None:
+    from whet.compressing import compress, make_recipe  # noqa: PLC0415
+
+    recipe = make_recipe(args.recipe, _given(args, *_RECIPE), args.set)
+    print(recipe.to_toml(), file=sys.stderr)
+    report = compress(
+        recipe,
+        args.output,
+        test=args.test,
+        test_format=args.test_format or "",
+        measure=not args.no_measure,
+        progress=TerminalProgress(),
+        log=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
+    )
+    _print(report, args.json)
 
 
 def _print(result: Any, as_json: bool) -> None:
@@ -315,15 +327,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune(
         command("tune", _tune, "search the best settings of a model's kernels on this CPU, for compile --records")
     )
+    _add_compress(command("compress", _compress, "make a block-sparse model of a dense one: prune, distil, measure"))
     sub = command("tune report", _tune_report, "show what tuning gained, kernel by kernel")
     sub.add_argument("records", metavar="DIR", help="folder that whet tune wrote")
-    sub.add_argument("--picture", metavar="FILE.svg", help="draw it as well")
     sub = command("tune merge", _tune_merge, "add records of other folders to one")
     sub.add_argument("into", metavar="DIR", help="the folder that they are added to")
     sub.add_argument("sources", metavar="FROM", nargs="+", help="folders that whet tune wrote")
-    sub = command("tune worker", _tune_worker, "time kernels for tuning jobs on other machines, until interrupted")
-    sub.add_argument("--tracker", metavar="HOST:PORT", required=True, help="TVM's RPC tracker, which it joins")
-    sub.add_argument("--key", metavar="KEY", required=True, help="name of this type of CPU, by which jobs ask for it")
     return parser
 
 
@@ -347,11 +356,7 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
     )
     _add_source(sub)
     sub.add_argument("--max-length", metavar="TOKENS", type=_positive, help="a shorter limit than the model's own")
-    sub.add_argument(
-        "--records",
-        metavar="DIR",
-        help="folder that whet tune wrote: use the settings that it found; one file of it: those for that type of CPU",
-    )
+    sub.add_argument("--records", metavar="DIR", help="folder that whet tune wrote: use the settings that it found")
     quantisation = sub.add_argument_group("int8")
     quantisation.add_argument(
         "--calibration",
@@ -381,12 +386,8 @@ def _add_tune(sub: argparse.ArgumentParser) -> None:
         "--isa",
         metavar="ISA",
         choices=_Names("whet.schedules.isa", "ISAS", "host"),
-        help="instruction set to tune for: %(choices)s; default host, the best of the machine that times kernels",
+        help="instruction set to tune for: %(choices)s; default host, the best of this machine",
     )
-    sub.add_argument(
-        "--tracker", metavar="HOST:PORT", help="time kernels on the workers of TVM's RPC tracker, not on this machine"
-    )
-    sub.add_argument("--key", metavar="KEY", help="the workers of the tracker that are meant, all of one CPU type")
     _add_source(sub)
     sub.add_argument("--max-length", metavar="TOKENS", type=_positive, help="as for compile")
     _add_activations(sub)
@@ -428,6 +429,51 @@ def _add_source(sub: argparse.ArgumentParser) -> None:
         type=_positive,
         help="height of the R x 4 blocks that --sparsity prunes; default 4",
     )
+
+
+def _add_compress(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", nargs="?", help="Hugging Face folder; with --recipe it may be left out")
+    sub.add_argument("-o", "--output", metavar="DIR", required=True, help="the Hugging Face folder to write")
+    sub.add_argument("--recipe", metavar="FILE.toml", help="start from this recipe; the options below change it")
+    sub.add_argument(
+        "--task",
+        metavar="TASK",
+        choices=_Names("whet.compress.recipe", "Task"),
+        help="what the model does: %(choices)s",
+    )
+    sub.add_argument(
+        "--data",
+        metavar="FILE",
+        action="append",
+        help="training data: .txt (a text per line), .csv, .tsv, .jsonl, SQuAD .json; several times for several files",
+    )
+    sub.add_argument("--format", metavar="FORMAT", help="of --data, where the ending does not tell: also stsb, sst2")
+    sub.add_argument("--development", metavar="FILE", action="append", help="scored while training; default: held out")
+    sub.add_argument("--block", metavar="RxC", help="1x4, 2x4, 4x4, 8x4 or 16x4; default 4x4")
+    sub.add_argument("--sparsity", metavar="SHARE", type=float, help="of the blocks; default 0.8; 0 only trains")
+    sub.add_argument(
+        "--method",
+        metavar="METHOD",
+        choices=_Names("whet.compress.recipe", "Method"),
+        help="how blocks are chosen: %(choices)s; default reconstruct",
+    )
+    sub.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="model to distil from; default: MODEL, if it has a head for the task; none: ''",
+    )
+    sub.add_argument("--steps", metavar="N", type=int, help="training steps; default 0: prune after training only")
+    sub.add_argument("--seed", metavar="N", type=int)
+    sub.add_argument(
+        "--set",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="any other field of the recipe, such as training.batch=32 or data.columns.label=intent",
+    )
+    sub.add_argument("--test", metavar="FILE", help="labelled data for the measured table; default: development data")
+    sub.add_argument("--test-format", metavar="FORMAT", help="of --test, where the ending does not tell")
+    sub.add_argument("--no-measure", action="store_true", help="do not compile, score and time the result")
 
 
 def _add_run(sub: argparse.ArgumentParser) -> None:

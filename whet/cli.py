@@ -62,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = list(sys.argv[1:] if args is None else args)
-        if " ".join(args[:2]) in ("tune report", "tune merge"):
+        if " ".join(args[:2]) in ("tune report", "tune merge", "tune worker"):
             args[:2] = [" ".join(args[:2])]
         return super().parse_known_args(args, namespace)
 
@@ -255,7 +255,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _tune(args: argparse.Namespace) -> None:
     from whet.tuning import tune  # noqa: PLC0415
 
-    options = _given(args, *_SOURCE, "isa", "max_length", "trials", "minutes")
+    options = _given(args, *_SOURCE, "isa", "max_length", "trials", "minutes", "tracker", "key")
     if args.activations is not None:
         from whet import QuantisationConfig  # noqa: PLC0415
 
@@ -266,7 +266,18 @@ def _tune(args: argparse.Namespace) -> None:
 def _tune_report(args: argparse.Namespace) -> None:
     from whet.tune.report import report  # noqa: PLC0415
 
-    _print(report(args.records), args.json)
+    found = report(args.records)
+    if args.picture is not None:
+        from whet.tune.picture import draw  # noqa: PLC0415
+
+        Path(args.picture).write_text(draw(found), encoding="utf-8")
+    _print(found, args.json)
+
+
+def _tune_worker(args: argparse.Namespace) -> None:
+    from whet.tune.worker import address, serve  # noqa: PLC0415
+
+    serve(address(args.tracker), args.key)
 
 
 def _tune_merge(args: argparse.Namespace) -> None:
@@ -330,9 +341,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_compress(command("compress", _compress, "make a block-sparse model of a dense one: prune, distil, measure"))
     sub = command("tune report", _tune_report, "show what tuning gained, kernel by kernel")
     sub.add_argument("records", metavar="DIR", help="folder that whet tune wrote")
+    sub.add_argument("--picture", metavar="FILE.svg", help="draw it as well")
     sub = command("tune merge", _tune_merge, "add records of other folders to one")
     sub.add_argument("into", metavar="DIR", help="the folder that they are added to")
     sub.add_argument("sources", metavar="FROM", nargs="+", help="folders that whet tune wrote")
+    sub = command("tune worker", _tune_worker, "time kernels for tuning jobs on other machines, until interrupted")
+    sub.add_argument("--tracker", metavar="HOST:PORT", required=True, help="TVM's RPC tracker, which it joins")
+    sub.add_argument("--key", metavar="KEY", required=True, help="name of this type of CPU, by which jobs ask for it")
     return parser
 
 
@@ -356,7 +371,11 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
     )
     _add_source(sub)
     sub.add_argument("--max-length", metavar="TOKENS", type=_positive, help="a shorter limit than the model's own")
-    sub.add_argument("--records", metavar="DIR", help="folder that whet tune wrote: use the settings that it found")
+    sub.add_argument(
+        "--records",
+        metavar="DIR",
+        help="folder that whet tune wrote: use the settings that it found; one file of it: those for that type of CPU",
+    )
     quantisation = sub.add_argument_group("int8")
     quantisation.add_argument(
         "--calibration",
@@ -386,8 +405,12 @@ def _add_tune(sub: argparse.ArgumentParser) -> None:
         "--isa",
         metavar="ISA",
         choices=_Names("whet.schedules.isa", "ISAS", "host"),
-        help="instruction set to tune for: %(choices)s; default host, the best of this machine",
+        help="instruction set to tune for: %(choices)s; default host, the best of the machine that times kernels",
     )
+    sub.add_argument(
+        "--tracker", metavar="HOST:PORT", help="time kernels on the workers of TVM's RPC tracker, not on this machine"
+    )
+    sub.add_argument("--key", metavar="KEY", help="the workers of the tracker that are meant, all of one CPU type")
     _add_source(sub)
     sub.add_argument("--max-length", metavar="TOKENS", type=_positive, help="as for compile")
     _add_activations(sub)

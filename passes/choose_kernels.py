@@ -2,11 +2,13 @@
 
 The zeros are the ones the integer weight has. For each shape R × C of blocks the share of those that hold anything is
 the work a sparse kernel does; the cost model of ``whet.schedules`` weighs that against the dense kernel. After this
-pass a layer that runs sparse has the attributes ``block_rows`` = R and ``block_columns`` = C.
+pass a layer whose zeros are left out has the attributes ``block_rows`` = R and ``block_columns`` = C, and ``expanded``
+if they are left out of memory only.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,8 @@ import numpy as np
 from tvm import IRModule, relax
 
 from whet.schedules.cost import estimate_cycles
-from whet.schedules.dense import BLOCKS, DenseSpec
-from whet.schedules.isa import Isa
+from whet.schedules.dense import BLOCKS, DenseSpec, supports
+from whet.schedules.isa import TILE, Isa
 
 from . import dialect
 from .graph import Graph, attributes, is_call, rewrite
@@ -24,8 +26,8 @@ CLEARLY = 0.9
 """A sparse kernel must be estimated to take less than this share of the dense one's time: estimates are not exact."""
 NEARLY = 1.05
 """Of kernels whose estimates are this close the one with the largest blocks, up to 8 × 4, is taken: less to index."""
-TYPICAL_TILES = 4
-"""The choice is made for requests of 64 tokens. Only on AMX it depends on it: longer ones favour dense kernels."""
+TYPICAL_TOKENS = 64
+"""Of a call, unless the user says otherwise. On AMX kernels depend on it: many tokens favour dense products."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,21 @@ class Choice:
     block_rows: int
     """0: dense."""
     block_columns: int
+    expanded: bool
+    """Whether zeros are left out of memory only, not of the arithmetic."""
+    kernel: str
+    """The name of the candidate with these blocks."""
     density: float
     """Share of the blocks that are computed."""
     cycles: dict[str, float]
-    """The cost model's estimate per candidate (``"dense"``, ``"4x4"``, …)."""
+    """The cost model's estimate per candidate (``"dense"``, ``"4x4 sparse"``, ``"1x1 expanded"``, …)."""
 
 
-def choose_kernels(module: IRModule, isa: Isa) -> tuple[IRModule, list[Choice]]:
-    """Set ``block_rows`` where a sparse kernel is estimated to be faster; returns the choices too."""
+def choose_kernels(module: IRModule, isa: Isa, tokens: int = TYPICAL_TOKENS) -> tuple[IRModule, list[Choice]]:
+    """Say which kernel computes each layer where that is not the dense one, for calls of so many tokens.
+
+    Returns the choices too.
+    """
     graph = Graph(module)
     choices: list[Choice] = []
 
@@ -55,34 +64,44 @@ def choose_kernels(module: IRModule, isa: Isa) -> tuple[IRModule, list[Choice]]:
         attrs = attributes(call) if is_call(call, dialect.DENSE) else {}
         if "x_scale" not in attrs and "per_token" not in attrs:
             return call
-        choice = _choose(var.name, graph.constant(graph.producer(graph.values[var].args[1]).args[0]), isa)
+        weight = graph.constant(graph.producer(graph.values[var].args[1]).args[0])
+        choice = _choose(var.name, weight, isa, math.ceil(tokens / TILE))
         choices.append(choice)
         if not choice.block_rows:
             return call
         attrs |= {"block_rows": choice.block_rows, "block_columns": choice.block_columns}
+        if choice.expanded:
+            attrs["expanded"] = True
         return dialect.dense(*call.args, **attrs)
 
     return rewrite(module, visit), choices
 
 
-def _choose(layer: str, values: np.ndarray[Any, Any], isa: Isa) -> Choice:
+def _choose(layer: str, values: np.ndarray[Any, Any], isa: Isa, tiles: int) -> Choice:
     rows, columns = values.shape
-    dense = estimate_cycles(DenseSpec(rows, columns, "i8"), TYPICAL_TILES, 1.0, isa)
-    densities = {block: block_density(values, *block) for block in BLOCKS}
+    dense = estimate_cycles(DenseSpec(rows, columns, "i8"), tiles, 1.0, isa)
+    specs = [DenseSpec(rows, columns, weight, *block) for weight, blocks in BLOCKS.items() for block in blocks]
+    kernels = {(*spec.block, spec.weight == "i8_expanded"): spec for spec in specs if supports(spec, isa)}
+    densities = {block: block_density(values, *block) for block in {spec.block for spec in kernels.values()}}
     # A block never took less than its share of the dense kernel's time, whatever the estimates say.
-    sparse = {
-        (r, c): max(
-            estimate_cycles(DenseSpec(rows, columns, "i8_sparse", r, c), TYPICAL_TILES, density, isa), density * dense
-        )
-        for (r, c), density in densities.items()
+    cycles = {
+        kernel: max(estimate_cycles(spec, tiles, densities[spec.block], isa), densities[spec.block] * dense)
+        for kernel, spec in kernels.items()
     }
-    least = min(sparse.values())
-    block = min(sparse, key=lambda b: (sparse[b] > NEARLY * least, -min(b[0] * b[1], 32)))
-    density = densities[block]
-    if sparse[block] >= CLEARLY * dense:
-        block, density = (0, 0), 1.0
-    cycles = {"dense": dense, **{f"{r}x{c}": value for (r, c), value in sparse.items()}}
-    return Choice(layer, rows, columns, float((values == 0).mean()), *block, density, cycles)
+    least = min(cycles.values())
+    chosen = min(cycles, key=lambda kernel: (cycles[kernel] > NEARLY * least, -min(kernel[0] * kernel[1], 32)))
+    density = densities[chosen[:2]]
+    if cycles[chosen] >= CLEARLY * dense:
+        chosen, density = (0, 0, False), 1.0
+    named = {"dense": dense, **{_candidate(*kernel): value for kernel, value in cycles.items()}}
+    return Choice(layer, rows, columns, float((values == 0).mean()), *chosen, _candidate(*chosen), density, named)
+
+
+def _candidate(block_rows: int, block_columns: int, expanded: bool) -> str:
+    """Name a kernel; 0 rows stand for dense."""
+    if not block_rows:
+        return "dense"
+    return f"{block_rows}x{block_columns} {'expanded' if expanded else 'sparse'}"
 
 
 def block_density(values: np.ndarray[Any, Any], block_rows: int, block_columns: int) -> float:

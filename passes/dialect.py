@@ -131,8 +131,8 @@ def dense(
     """``activation(weight · x + bias) + residual`` per token.
 
     Tiles ``(t, K, 16)``, weight ``(N, K)``, bias ``(N,)``, and optionally tiles ``(t, N, 16)``, to the last of these.
-    ``quantise`` adds the attributes ``x_scale``, ``x_zero`` or ``per_token``; ``choose_kernels`` adds ``block_rows``
-    and ``block_columns``; ``round_to_bf16`` adds ``bf16``.
+    ``quantise`` adds the attributes ``x_scale``, ``x_zero`` or ``per_token``; ``choose_kernels`` adds ``block_rows``,
+    ``block_columns`` and ``expanded``; ``round_to_bf16`` adds ``bf16``.
     """
     _check("activation", activation, Activation)
     args = [x, weight, bias] if residual is None else [x, weight, bias, residual]

@@ -19,7 +19,7 @@ from tvm import IRModule, relax, tirx
 
 from whet.schedules.attention import AttentionSpec, attention
 from whet.schedules.bfloat16 import to_bits
-from whet.schedules.dense import DenseSpec, Output, Weight, dense
+from whet.schedules.dense import BLOCKS, DenseSpec, Output, Weight, dense
 from whet.schedules.elementwise import ActivateSpec, AddSpec, Quantization, QuantizeSpec, elementwise
 from whet.schedules.embed import EmbedSpec, embed
 from whet.schedules.isa import Isa
@@ -190,7 +190,7 @@ class _Lowering:
         spec = DenseSpec(
             out_features=rows,
             in_features=columns,
-            weight="i8_sparse" if block_rows else WEIGHTS[form],
+            weight=("i8_expanded" if attrs.get("expanded") else "i8_sparse") if block_rows else WEIGHTS[form],
             block_rows=block_rows or 4,
             block_columns=block_columns or 4,
             activation=attrs["activation"],
@@ -401,7 +401,7 @@ def _layer_norm_in_place(spec: LayerNormSpec, isa: Isa) -> tirx.PrimFunc:
 
 
 def _kernel_name(spec: DenseSpec) -> str:
-    block = f"_{spec.block_rows}x{spec.block_columns}" if spec.weight == "i8_sparse" else ""
+    block = f"_{spec.block_rows}x{spec.block_columns}" if spec.weight in BLOCKS else ""
     return f"dense_{spec.weight}{block}_{spec.out_features}x{spec.in_features}_{spec.output}"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 """Format of the artefact; a runtime reads exactly the one it was written for."""
 
 ALIGNMENT = 64

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from whet.schedules import amx, dense_amx, sparse_channel_i8, sparse_low_i8
+from whet.schedules import amx, dense_amx, expanded_amx, gemm_amx, sparse_channel_i8, sparse_low_i8
 from whet.schedules.dense import family_of
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.gemm import Blocking
@@ -50,7 +50,8 @@ _FMA = {"avx2": _Cycles(0.505, 0.117, 0.526, 10, 2.2, 0.35)}  # as VNNI where th
 AMX_MULTIPLY, AMX_VECTOR, AMX_BYTES = 18.6, 4.7, 7.8
 """Cycles of one tile multiplication with its share of loads and of an epilogue vector; weight bytes per cycle.
 
-Weights come from the last-level cache and hardly overlap: both wait for the same line fill buffers."""
+Weights come from the last-level cache and hardly overlap: both wait for the same line fill buffers. To expand them
+costs nothing beside that."""
 
 ACTIVATION = {"none": 0.0, "relu": 0.5, "gelu": 5.0, "gelu_tanh": 5.0, "tanh": 20.0}
 """Cycles per vector of a result that is rounded to 8 bits."""
@@ -68,10 +69,12 @@ def estimate_cycles(spec: DenseSpec, tiles: int, density: float, isa: Isa) -> fl
         raise ValueError(f"tiles is {tiles}; expected at least 1")
     vectors = spec.out_features * tiles * isa.parts
     activation = vectors * ACTIVATION[spec.activation]
-    if dense_amx.supports(spec, isa):
-        products = math.ceil(spec.out_features / amx.ROWS) * dense_amx.steps(spec) * tiles
-        arithmetic = products * AMX_MULTIPLY
-        return arithmetic + spec.out_features * spec.in_features / AMX_BYTES + vectors * AMX_VECTOR + activation
+    if family_of(spec, isa) in (dense_amx, expanded_amx):
+        products = math.ceil(spec.out_features / amx.ROWS) * gemm_amx.steps(spec) * tiles
+        stored: float = spec.out_features * spec.in_features
+        if spec.weight == "i8_expanded":
+            stored = stored * density + expanded_amx.mask_bytes(spec)
+        return products * AMX_MULTIPLY + stored / AMX_BYTES + vectors * AMX_VECTOR + activation
     return _vector_kernel(spec, tiles, density, isa) + activation
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.schedules import dense_amx, dense_vector, sparse_channel_i8, sparse_i8, sparse_low_i8
+from whet.schedules import dense_amx, dense_vector, expanded_amx, sparse_channel_i8, sparse_i8, sparse_low_i8
 from whet.schedules.dense_spec import BLOCKS, QUAD, DenseSpec, Output, Weight
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import Isa
 
-__all__ = ["BLOCKS", "DenseKernel", "DenseSpec", "Output", "Weight", "dense", "family_of"]
+__all__ = ["BLOCKS", "DenseKernel", "DenseSpec", "Output", "Weight", "dense", "family_of", "supports"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,20 @@ def family_of(spec: DenseSpec, isa: Isa) -> Any:
     """Return the module that makes kernels for such layers: it has ``default_knobs``, ``pack`` and ``kernel``."""
     if dense_amx.supports(spec, isa):
         return dense_amx
+    if not supports(spec, isa):
+        raise ValueError(f"there is no kernel for {isa.name} that expands the weights of {spec}; use i8_sparse or i8")
+    if spec.weight == "i8_expanded":
+        return expanded_amx
     if spec.weight == "i8_sparse":
         if spec.block_columns == 1:
             return sparse_channel_i8
         return sparse_low_i8 if spec.block_rows < QUAD else sparse_i8
     return dense_vector
+
+
+def supports(spec: DenseSpec, isa: Isa) -> bool:
+    """Whether there is a kernel for the layer: weights are expanded on AMX only."""
+    return spec.weight != "i8_expanded" or expanded_amx.supports(spec, isa)
 
 
 def dense(spec: DenseSpec, isa: Isa, knobs: Blocking | None = None) -> DenseKernel:

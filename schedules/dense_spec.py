@@ -10,11 +10,12 @@ from whet.schedules.vector_math import ACTIVATIONS
 QUAD = 4
 """Channels in a quad."""
 
-Weight: TypeAlias = Literal["f32", "bf16", "i8", "i8_sparse"]
+Weight: TypeAlias = Literal["f32", "bf16", "i8", "i8_sparse", "i8_expanded"]
 Output: TypeAlias = Literal["tiles", "pairs", "quads", "heads"]
 
-BLOCKS = ((1, 4), (2, 4), (4, 4), (8, 4), (16, 4), (4, 1))
-"""Output rows × input channels that a sparse block may have."""
+_BLOCKS = ((1, 4), (2, 4), (4, 4), (8, 4), (16, 4), (4, 1))
+BLOCKS: dict[Weight, tuple[tuple[int, int], ...]] = {"i8_sparse": _BLOCKS, "i8_expanded": ((1, 1), *_BLOCKS)}
+"""Output rows × input channels that a block may have, for each way to leave out zeros."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ ELEMENTS: dict[Weight, Element] = {
     "bf16": Element(2, "uint16", "uint16", "int32", "float32"),
     "i8": _INTEGER,
     "i8_sparse": _INTEGER,
+    "i8_expanded": _INTEGER,
 }
 
 
@@ -50,12 +52,14 @@ ELEMENTS: dict[Weight, Element] = {
 class DenseSpec:
     """``activation(W·x + b) + residual`` per token.
 
-    ``weight`` says how W is stored and with it what x is: tiles for f32, pairs for bf16, quads u8 for i8 and i8_sparse
-    (blocks of ``block_rows`` output rows × ``block_columns`` input channels). ``per_token`` dequantises with a scale
-    and zero point of each token instead of the tensor's. ``output`` is f32 tiles; or what the next layer multiplies,
-    quads u8, requantised, from integers and pairs, rounded, from bf16; or "heads", where
-    the layer is the fused Q, K and V of an attention (``out_features`` = 3 × hidden): Q as quads u8 with zero point
-    128, K as quads s8, V as value rows s8, each already scaled by ``scale`` and ``bias``.
+    ``weight`` says how W is stored and with it what x is: tiles for f32, pairs for bf16, quads u8 for integers. Blocks
+    of ``block_rows`` output rows × ``block_columns`` input channels that are all zero are left out of memory and
+    arithmetic by i8_sparse, of memory alone by i8_expanded. ``per_token`` dequantises with a scale and zero point of
+    each token instead of the tensor's.
+
+    ``output`` is f32 tiles; or what the next layer multiplies, quads u8, requantised, from integers and pairs, rounded,
+    from bf16; or "heads", where the layer is the fused Q, K and V of an attention (``out_features`` = 3 × hidden): Q as
+    quads u8 with zero point 128, K as quads s8, V as value rows s8, each already scaled by ``scale`` and ``bias``.
 
     Raises ValueError for sizes and combinations that no kernel computes.
     """
@@ -92,7 +96,8 @@ class DenseSpec:
 
     def __post_init__(self) -> None:
         _one_of("weight", self.weight, get_args(Weight))
-        _one_of("block", self.block, BLOCKS)
+        if self.weight in BLOCKS:
+            _one_of("block", self.block, BLOCKS[self.weight])
         _one_of("activation", self.activation, tuple(ACTIVATIONS))
         _one_of("output", self.output, get_args(Output))
         if self.out_features < 1 or self.in_features < 1:

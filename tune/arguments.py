@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whet.schedules.attention import AttentionSpec
-from whet.schedules.dense import DenseSpec, dense
+from whet.schedules.dense import BLOCKS, DenseSpec, dense
 from whet.schedules.dense_spec import QUAD
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import TILE, isa
@@ -78,7 +78,7 @@ def _dense(
     else:
         x = random.integers(0, 256, (tiles, k // QUAD, TILE, QUAD)).astype(np.uint8)
         weight = random.integers(-127, 128, (n, k)).astype(np.int8)
-    if spec.weight == "i8_sparse":
+    if spec.weight in BLOCKS:
         keep = random.random((-(-n // spec.block_rows), k // spec.block_columns)) < instance.density
         weight *= np.repeat(np.repeat(keep, spec.block_rows, 0)[:n], spec.block_columns, 1).astype(np.int8)
     after = [] if spec.weight == "f32" else [np.full(n, 1e-5, np.float32)]

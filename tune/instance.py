@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from whet.schedules.attention import AttentionKnobs, AttentionSpec, attention
-from whet.schedules.dense import DenseSpec, dense, family_of
+from whet.schedules.dense import BLOCKS, DenseSpec, dense, family_of
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import TILE, Isa, isa
 
@@ -37,7 +37,7 @@ class Instance:
     @staticmethod
     def of(spec: Spec, target: Isa, density: float = 1.0) -> Instance:
         """Return the instance that a layer belongs to."""
-        if not isinstance(spec, DenseSpec) or spec.weight != "i8_sparse":
+        if not isinstance(spec, DenseSpec) or spec.weight not in BLOCKS:
             density = 1.0
         return Instance(spec, target.name, max(DENSITY_STEP, round(round(density / DENSITY_STEP) * DENSITY_STEP, 2)))
 
@@ -77,13 +77,13 @@ class Instance:
         if isinstance(self.spec, AttentionSpec):
             return f"attention {self.spec.precision} {self.spec.heads} heads × {self.spec.head_size}"
         spec = self.spec
-        blocks = f" {spec.block_rows}x{spec.block_columns} {self.density:.0%}" if spec.weight == "i8_sparse" else ""
+        blocks = f" {spec.block_rows}x{spec.block_columns} {self.density:.0%}" if spec.weight in BLOCKS else ""
         more = (
             [spec.activation] * (spec.activation != "none")
             + ["residual"] * spec.residual
             + ["per token"] * spec.per_token
         )
-        parts = [spec.weight.removesuffix("_sparse") + blocks, *more, f"→ {spec.output}"]
+        parts = [spec.weight.removesuffix("_sparse").replace("_", " ") + blocks, *more, f"→ {spec.output}"]
         return f"dense {spec.out_features} × {spec.in_features} {' '.join(parts)}"
 
 

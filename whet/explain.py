@@ -135,9 +135,8 @@ def _plain(module: Any) -> list[str]:
 
 def describe_layer(layer: Mapping[str, Any]) -> str:
     """One integer dense layer: its zeros, the kernel chosen, and how the candidates were judged."""
-    chosen = f"{layer['block_rows']}x{layer.get('block_columns', 4)}" if layer["block_rows"] else "dense"
-    kernel = f"{chosen} sparse" if layer["block_rows"] else "dense"
+    kernel = layer["kernel"]
     cycles = layer["cycles"]
-    others = ", ".join(f"{name} {c / cycles[chosen]:.2f}×" for name, c in cycles.items() if name != chosen)
+    others = ", ".join(f"{name} {c / cycles[kernel]:.2f}×" for name, c in cycles.items() if name != kernel)
     shape = f"{layer['out_features']} × {layer['in_features']}"
-    return f"  {layer['layer']:32} {shape:>12} {layer['zeros']:6.1%} zeros → {kernel:12} ({others})"
+    return f"  {layer['layer']:32} {shape:>12} {layer['zeros']:6.1%} zeros → {kernel:14} ({others})"

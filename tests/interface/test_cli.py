@@ -270,9 +270,9 @@ def test_explain_shows_the_report_of_a_module(run, tiny_modules, tmp_path):
         "out_features": 8,
         "in_features": 4,
         "zeros": 0.75,
-        "block_rows": 4,
+        "kernel": "4x4 sparse",
         "density": 0.25,
-        "cycles": {"dense": 200.0, "4x4": 100.0},
+        "cycles": {"dense": 200.0, "4x4 sparse": 100.0},
     }
     path = tiny_module.write(tmp_path / "m.so", report=(layer,), notes=("Something stayed plain.",))
     code, out, _ = run("explain", path)

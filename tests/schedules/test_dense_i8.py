@@ -10,7 +10,7 @@ from whet.schedules.gemm import Blocking
 from whet.schedules.isa import ISAS
 from whet.schedules.sparse_i8 import SparseBlocking
 
-FAMILIES = [("i8", (4, 4)), *(("i8_sparse", block) for block in BLOCKS)]
+FAMILIES = [("i8", (4, 4)), *(("i8_sparse", block) for block in BLOCKS["i8_sparse"])]
 TILES = (1, 2, 3, 5, 6, 7, 8, 13, 38)  # up to 608 tokens
 
 

@@ -13,7 +13,7 @@ from tvm import IRModule
 from whet.progress import Progress
 from whet.schedules.isa import Isa
 
-from .choose_kernels import Choice, choose_kernels
+from .choose_kernels import TYPICAL_TOKENS, Choice, choose_kernels
 from .fuse_activations import fuse_activations
 from .fuse_qkv import fuse_qkv
 from .fuse_residuals import fuse_residuals
@@ -38,6 +38,8 @@ class Options:
     sparsity: float = 0.0
     """One-shot block pruning before quantisation, for experiments."""
     block_rows: int = 4
+    tokens: int = TYPICAL_TOKENS
+    """Of a call, for which kernels are chosen."""
     dump_ir: Path | None = None
     tuned: Tuned = untuned
     """Where kernels get their knobs from."""
@@ -90,7 +92,7 @@ def run_pipeline(
     if options.quantisation is not None:
         with progress.phase("4 choose kernels"):
             for i, isa in enumerate(options.isas):
-                modules[i], choices[i] = choose_kernels(module, isa)
+                modules[i], choices[i] = choose_kernels(module, isa, options.tokens)
                 dump(modules[i], f"choose_kernels_{isa.name}")
 
     compiled = []

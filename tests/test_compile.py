@@ -305,6 +305,7 @@ class TestErrors:
             ({"isa": ["avx2", "neon"]}, "isa is 'neon'; expected 'host', 'all', or some of amx_int8, "),
             ({"isa": []}, r"isa is \[\]"),
             ({"sparsity": 1.5}, "sparsity is 1.5"),
+            ({"tokens": 0}, "tokens is 0"),
             ({"max_length": 4096}, "max_length is 4096"),
             ({"calibration": []}, "calibration is empty"),
             ({"precision": "fp32", "quantisation": whet.QuantisationConfig()}, "leave one of them out"),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _COMPILER_PACKAGES = ("tvm", "onnx", "safetensors")
 _TUNING_PACKAGES = ("xgboost", "psutil", "cloudpickle")
 _TRAINING_PACKAGES = ("torch", "transformers", "tomli")
-_SOURCE = ("task", "pooling", "tokenizer", "sparsity", "block_rows")
+_SOURCE = ("task", "pooling", "tokenizer", "sparsity", "block_rows", "tokens")
 """Options that say what the model is and what is made of it."""
 _RECIPE = ("model", "task", "teacher", "data", "development", "format", "sparsity", "block", "method", "steps", "seed")
 """Options that are fields of a recipe."""
@@ -451,6 +451,12 @@ def _add_source(sub: argparse.ArgumentParser) -> None:
         metavar="R",
         type=_positive,
         help="height of the R x 4 blocks that --sparsity prunes; default 4",
+    )
+    sub.add_argument(
+        "--tokens",
+        metavar="N",
+        type=_positive,
+        help="tokens of a typical call, all its requests together, for which kernels are chosen; default 64",
     )
 
 

@@ -23,7 +23,7 @@ from whet.explain import describe_layer
 from whet.frontend.model import Model, Task
 from whet.link import Blob, find_compiler, write_module
 from whet.passes.assemble import assemble
-from whet.passes.choose_kernels import Choice
+from whet.passes.choose_kernels import TYPICAL_TOKENS, Choice
 from whet.passes.dialect import Pooling, shape_of
 from whet.passes.pipeline import Compiled, Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
@@ -90,6 +90,7 @@ def compile(
     tokenizer: Any = None,
     sparsity: float = 0.0,
     block_rows: int = 4,
+    tokens: int = TYPICAL_TOKENS,
     max_length: int | None = None,
     dump_ir: str | PathLike[str] | None = None,
     records: str | PathLike[str] | None = None,
@@ -111,6 +112,7 @@ def compile(
         tokenizer: for an in-memory model its tokenizer, for an ONNX file the folder with ``tokenizer.json``.
         sparsity: share of blocks to prune by magnitude before quantisation, for experiments with speed.
         block_rows: height R of the R × 4 blocks of ``sparsity``.
+        tokens: of a typical call, all its requests together. On AMX it depends on them which kernels use zeros best.
         max_length: shorter limit for a request than the model's, in tokens.
         dump_ir: folder for the module after each pass.
         records: folder that ``whet tune`` wrote, or one file of it, which is for one type of CPU: kernels take the
@@ -125,12 +127,7 @@ def compile(
         FileNotFoundError: no such source, output folder or folder of records, or no C compiler.
 
     """
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
-    if precision != "int8" and quantisation is not None:
-        raise ValueError(f"quantisation is given, but precision is {precision!r}; leave one of them out")
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"sparsity is {sparsity}; expected a share of at least 0 and below 1")
+    _check_options(precision, quantisation, sparsity, tokens)
     targets = _isas(isa, precision)
     output = Path(output)
     if not output.resolve().parent.is_dir():
@@ -162,6 +159,7 @@ def compile(
             bf16=precision == "bf16",
             sparsity=sparsity,
             block_rows=block_rows,
+            tokens=tokens,
             dump_ir=Path(dump_ir) if dump_ir is not None else None,
             tuned=tuned,
         )
@@ -198,6 +196,18 @@ def compile(
         seconds=clock.seconds,
         others={target.name: chosen for target, chosen in zip(targets[1:], layers[1:], strict=True)},
     )
+
+
+def _check_options(precision: Precision, quantisation: QuantisationConfig | None, sparsity: float, tokens: int) -> None:
+    """Refuse what needs no look at the model to be wrong."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
+    if precision != "int8" and quantisation is not None:
+        raise ValueError(f"quantisation is given, but precision is {precision!r}; leave one of them out")
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity is {sparsity}; expected a share of at least 0 and below 1")
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}; expected those of a typical call, at least 1")
 
 
 def import_model(

@@ -70,6 +70,7 @@ def explain_model(
     tokenizer: str | None = None,
     sparsity: float = 0.0,
     block_rows: int = 4,
+    tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Explanation:
     """Import a model and decide about its layers as an int8 compilation would, without generating code.
@@ -77,6 +78,7 @@ def explain_model(
     Arguments and errors are those of ``whet.compile``; needs the compiler.
     """
     from whet.compiler import import_model  # noqa: PLC0415 -- a module's own report needs no compiler
+    from whet.passes.choose_kernels import TYPICAL_TOKENS  # noqa: PLC0415
     from whet.passes.pipeline import Options, run_pipeline  # noqa: PLC0415
     from whet.passes.quantise import QuantisationConfig  # noqa: PLC0415
     from whet.schedules import isa as isas  # noqa: PLC0415
@@ -94,6 +96,7 @@ def explain_model(
             quantisation=QuantisationConfig(method="minmax"),
             sparsity=sparsity,
             block_rows=block_rows,
+            tokens=tokens or TYPICAL_TOKENS,
         )
         # The decisions depend on the weights alone, so one short request is calibration enough.
         request = [np.zeros(4, np.int64)]

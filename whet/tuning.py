@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from whet.compiler import import_model, length_limit
+from whet.passes.choose_kernels import TYPICAL_TOKENS
 from whet.passes.pipeline import Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
 from whet.progress import Progress, Silent, TaskProgress
@@ -30,6 +31,7 @@ def kernel_instances(
     quantisation: QuantisationConfig | None = None,
     sparsity: float = 0.0,
     block_rows: int = 4,
+    tokens: int = TYPICAL_TOKENS,
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> Counter[Instance]:
@@ -50,6 +52,7 @@ def kernel_instances(
             quantisation=quantisation or QuantisationConfig(method="minmax"),
             sparsity=sparsity,
             block_rows=block_rows,
+            tokens=tokens,
             tuned=note,
         )
         # Scales do not change kernels, so one short request is calibration enough.
@@ -71,6 +74,7 @@ def tune(
     quantisation: QuantisationConfig | None = None,
     sparsity: float = 0.0,
     block_rows: int = 4,
+    tokens: int = TYPICAL_TOKENS,
     max_length: int | None = None,
     seed: int = 1,
     tracker: str | None = None,
@@ -96,6 +100,7 @@ def tune(
         quantisation: so too.
         sparsity: so too.
         block_rows: so too.
+        tokens: so too.
         max_length: so too.
         seed: of the search.
         tracker: ``host:port`` of TVM's RPC tracker.
@@ -137,6 +142,7 @@ def tune(
         quantisation=quantisation,
         sparsity=sparsity,
         block_rows=block_rows,
+        tokens=tokens,
         max_length=max_length,
         progress=progress,
     )

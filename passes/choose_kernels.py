@@ -24,6 +24,8 @@ from .graph import Graph, attributes, is_call, rewrite
 
 CLEARLY = 0.9
 """A sparse kernel must be estimated to take less than this share of the dense one's time: estimates are not exact."""
+SLIGHTLY = 0.97
+"""An expanded one, less than this: it is the dense kernel with fewer bytes to wait for, and a smaller file."""
 NEARLY = 1.05
 """Of kernels whose estimates are this close the one with the largest blocks, up to 8 × 4, is taken: less to index."""
 TYPICAL_TOKENS = 64
@@ -91,7 +93,8 @@ def _choose(layer: str, values: np.ndarray[Any, Any], isa: Isa, tiles: int) -> C
     least = min(cycles.values())
     chosen = min(cycles, key=lambda kernel: (cycles[kernel] > NEARLY * least, -min(kernel[0] * kernel[1], 32)))
     density = densities[chosen[:2]]
-    if cycles[chosen] >= CLEARLY * dense:
+    expanded = chosen[2]
+    if cycles[chosen] >= (SLIGHTLY if expanded else CLEARLY) * dense:
         chosen, density = (0, 0, False), 1.0
     named = {"dense": dense, **{_candidate(*kernel): value for kernel, value in cycles.items()}}
     return Choice(layer, rows, columns, float((values == 0).mean()), *chosen, _candidate(*chosen), density, named)

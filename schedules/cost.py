@@ -47,11 +47,11 @@ _VECTOR = {
 }
 _FMA = {"avx2": _Cycles(0.505, 0.117, 0.526, 10, 2.2, 0.35)}  # as VNNI where there is VNNI
 
-AMX_MULTIPLY, AMX_VECTOR, AMX_BYTES = 18.6, 4.7, 7.8
-"""Cycles of one tile multiplication with its share of loads and of an epilogue vector; weight bytes per cycle.
+AMX_MULTIPLY, AMX_VECTOR, AMX_EXPAND, AMX_BYTES = 18.6, 4.7, 1.0, 7.8
+"""Cycles of one tile multiplication with its share of loads, of an epilogue vector and of a row of a tile register that
+is expanded; weight bytes per cycle.
 
-Weights come from the last-level cache and hardly overlap: both wait for the same line fill buffers. To expand them
-costs nothing beside that."""
+Weights come from the last-level cache and hardly overlap: both wait for the same line fill buffers."""
 
 ACTIVATION = {"none": 0.0, "relu": 0.5, "gelu": 5.0, "gelu_tanh": 5.0, "tanh": 20.0}
 """Cycles per vector of a result that is rounded to 8 bits."""
@@ -72,9 +72,11 @@ def estimate_cycles(spec: DenseSpec, tiles: int, density: float, isa: Isa) -> fl
     if family_of(spec, isa) in (dense_amx, expanded_amx):
         products = math.ceil(spec.out_features / amx.ROWS) * gemm_amx.steps(spec) * tiles
         stored: float = spec.out_features * spec.in_features
+        expansion = 0.0
         if spec.weight == "i8_expanded":
+            expansion = stored / amx.ROW_BYTES * AMX_EXPAND
             stored = stored * density + expanded_amx.mask_bytes(spec)
-        return products * AMX_MULTIPLY + stored / AMX_BYTES + vectors * AMX_VECTOR + activation
+        return products * AMX_MULTIPLY + stored / AMX_BYTES + expansion + vectors * AMX_VECTOR + activation
     return _vector_kernel(spec, tiles, density, isa) + activation
 
 

@@ -108,6 +108,8 @@ class Timing:
         )
 
 
-def local_builder() -> ms.builder.PyBuilder:
-    """Build in one process on this machine, for whatever target."""
-    return ms.builder.LocalBuilder(max_workers=1, timeout_sec=TIMEOUT_SECONDS, f_build=build, initializer=start_worker)
+def local_builder(processes: int | None = 1) -> ms.builder.PyBuilder:
+    """Build on this machine, for whatever target; None: in as many processes as it has cores."""
+    return ms.builder.LocalBuilder(
+        max_workers=processes, timeout_sec=TIMEOUT_SECONDS, f_build=build, initializer=start_worker
+    )

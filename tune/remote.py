@@ -50,7 +50,7 @@ def laboratory(
     )
     # TVM's pool has no limit of time: only the server watches it, and one that hangs would hold the job for ever.
     runner._inst.pool = pool
-    return Laboratory(local_builder(), runner, attempts=3 + count), machine
+    return Laboratory(local_builder(None), runner, attempts=3 + count), machine
 
 
 def count_workers(tracker: tuple[str, int], key: str) -> int:

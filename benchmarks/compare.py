@@ -32,8 +32,8 @@ from models import SHAPES, WEIGHTS, prepare, text_lengths
 from workers import Failed, Worker
 
 from whet.bench import choose_cpus
+from whet.host import host_isa
 from whet.runtime.cpu import cpu_model
-from whet.schedules.isa import host_isa
 
 HERE = Path(__file__).parent
 ROOMS = ("frontend", "passes", "runtime", "schedules", "whet")

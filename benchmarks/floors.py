@@ -24,13 +24,14 @@ import tvm_ffi
 from tvm import relax
 
 from whet.compiler import import_model
+from whet.host import host_isa
 from whet.passes.dialect import TILE
 from whet.passes.lower import Lowered
 from whet.passes.pipeline import Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
 from whet.progress import Silent
 from whet.runtime.cpu import request_amx
-from whet.schedules.isa import Isa, host_isa
+from whet.schedules.isa import Isa
 
 WARM_UPS, LEAST_RUNS, SECONDS = 3, 20, 1.5
 CALIBRATION = 8

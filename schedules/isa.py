@@ -7,10 +7,9 @@ and with the IR builder. Every instruction set computes the same integers, and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import tvm
@@ -158,24 +157,6 @@ def isa(name: str) -> Isa:
     if name not in EVERY_ISA:
         raise ValueError(f"isa is {name!r}; expected one of {', '.join(EVERY_ISA)}")
     return EVERY_ISA[name]
-
-
-def cpu_flags() -> frozenset[str]:
-    """Return the flags of this machine's CPU, from /proc/cpuinfo."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
-    raise ValueError("/proc/cpuinfo has no line of flags; name the instruction set instead of asking for the host's")
-
-
-def host_isa(candidates: Mapping[str, Isa] = ISAS) -> Isa:
-    """Return the fastest of these that this machine's CPU has; ValueError if it lacks even the last."""
-    flags = cpu_flags()
-    for candidate in candidates.values():
-        if flags.issuperset(candidate.cpu_flags):
-            return candidate
-    missing = ", ".join(f for f in candidate.cpu_flags if f not in flags)
-    raise ValueError(f"this CPU lacks {missing}, so it has none of {', '.join(candidates)}")
 
 
 def compile_for(func: Any, target: Isa) -> Any:

@@ -4,7 +4,8 @@ import pytest
 
 from whet.datasets import read_dataset
 from whet.evaluate import evaluate
-from whet.schedules.isa import BF16_ISAS, cpu_flags
+from whet.runtime.cpu import cpu_flags
+from whet.schedules.isa import BF16_ISAS
 
 STSB = "stsb/sts-test.csv"
 REFERENCE = 0.8203  # all-MiniLM-L6-v2 in fp32 by sentence-transformers, Spearman on the STS-B test set

@@ -14,9 +14,10 @@ import pytest
 import whet
 from whet.describe import describe
 from whet.explain import explain_module
+from whet.host import host_isa
 from whet.runtime.artifact import open_artifact
-from whet.runtime.cpu import why_not
-from whet.schedules.isa import BF16_ISAS, ISAS, cpu_flags, host_isa
+from whet.runtime.cpu import cpu_flags, why_not
+from whet.schedules.isa import BF16_ISAS, ISAS
 
 REFERENCES = Path(__file__).parent / "references"
 SEEDED = sorted(p.parent.name for p in REFERENCES.glob("*/expected.npz"))

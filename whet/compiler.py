@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from whet.codegen import generate_code
 from whet.explain import describe_layer
 from whet.frontend.model import Model, Task
+from whet.host import host_isa
 from whet.link import Blob, find_compiler, write_module
 from whet.passes.assemble import assemble
 from whet.passes.choose_kernels import TYPICAL_TOKENS, Choice
@@ -30,7 +31,7 @@ from whet.passes.quantise import QuantisationConfig
 from whet.passes.round_to_bf16 import SPARSE, share_of_zeros
 from whet.progress import Progress, Silent
 from whet.runtime.metadata import Metadata, Output, Weight
-from whet.schedules.isa import BF16_ISAS, ISAS, Isa, host_isa
+from whet.schedules.isa import BF16_ISAS, ISAS, Isa
 from whet.tune.records import TunedKnobs
 
 Precision: TypeAlias = Literal["int8", "bf16", "fp32"]

@@ -78,13 +78,14 @@ def explain_model(
     Arguments and errors are those of ``whet.compile``; needs the compiler.
     """
     from whet.compiler import import_model  # noqa: PLC0415 -- a module's own report needs no compiler
+    from whet.host import host_isa  # noqa: PLC0415
     from whet.passes.choose_kernels import TYPICAL_TOKENS  # noqa: PLC0415
     from whet.passes.pipeline import Options, run_pipeline  # noqa: PLC0415
     from whet.passes.quantise import QuantisationConfig  # noqa: PLC0415
     from whet.schedules import isa as isas  # noqa: PLC0415
 
     progress = progress or Silent()
-    target = isas.host_isa() if isa == "host" else isas.isa(isa)
+    target = host_isa() if isa == "host" else isas.isa(isa)
     with progress.phase("import"):
         model = import_model(source, task=task, pooling=pooling, tokenizer=tokenizer)
     layers: list[Mapping[str, Any]] = []

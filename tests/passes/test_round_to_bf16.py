@@ -10,8 +10,8 @@ from whet.passes.interpret import interpret
 from whet.passes.pipeline import Options, run_pipeline
 from whet.passes.round_to_bf16 import round_to_bf16, share_of_zeros
 from whet.progress import Silent
-from whet.runtime.cpu import request_amx
-from whet.schedules.isa import BF16_ISAS, cpu_flags
+from whet.runtime.cpu import cpu_flags, request_amx
+from whet.schedules.isa import BF16_ISAS
 
 
 def layer(b):

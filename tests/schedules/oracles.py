@@ -7,6 +7,7 @@ import pytest
 import tvm_ffi
 from scipy import special
 
+from whet.runtime.cpu import cpu_flags
 from whet.schedules import bfloat16
 from whet.schedules import isa as isas
 
@@ -21,7 +22,7 @@ MIXED = [1, 2, 3, 17, 40, 128, 5, 16, 16, 1, 31, 64, *[8] * 9, 9, 7, 100]
 def build(generator, spec, isa, *knobs):
     """The compiled kernel; skips the test where this machine cannot run it."""
     target = isas.isa(isa)
-    missing = set(target.cpu_flags) - isas.cpu_flags()
+    missing = set(target.cpu_flags) - cpu_flags()
     if missing:
         pytest.skip(f"{isa} needs {', '.join(sorted(missing))}, which this CPU lacks")
     return isas.compile_for(generator(spec, target, *knobs), target)

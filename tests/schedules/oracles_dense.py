@@ -7,8 +7,9 @@ import pytest
 import tvm
 from scipy.special import erf
 
+from whet.runtime.cpu import cpu_flags
 from whet.schedules.dense import DenseSpec, dense
-from whet.schedules.isa import ISAS, Isa, compile_for, cpu_flags
+from whet.schedules.isa import ISAS, Isa, compile_for
 
 TILE = 16
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from oracles_dense import product, run, to_quads
 
+from whet.runtime.cpu import cpu_flags
 from whet.schedules import dense_amx
 from whet.schedules.dense import DenseSpec
 from whet.schedules.gemm import Blocking
-from whet.schedules.isa import ISAS, cpu_flags
+from whet.schedules.isa import ISAS
 
 AMX, VNNI = ISAS["amx_int8"], ISAS["avx512_vnni"]
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, TILE_DATA = 158, 0x1023, 18

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from oracles_dense import activate, product, run, runnable, to_quads
 
-from whet.runtime.cpu import request_amx
+from whet.runtime.cpu import cpu_flags, request_amx
 from whet.schedules import bfloat16, dense_amx
 from whet.schedules.dense import DenseSpec, dense
 from whet.schedules.gemm import Blocking
-from whet.schedules.isa import BF16_ISAS, ISAS, cpu_flags
+from whet.schedules.isa import BF16_ISAS, ISAS
 
 AMX = BF16_ISAS["amx_bf16"]
 EVERY_ISA = [runnable(isa) for isa in BF16_ISAS.values()]

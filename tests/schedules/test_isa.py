@@ -5,7 +5,7 @@ import re
 import pytest
 
 from whet.schedules.dense import DenseSpec, dense
-from whet.schedules.isa import ISAS, compile_for, cpu_flags, host_isa, isa
+from whet.schedules.isa import ISAS, compile_for, isa
 
 
 def assembly(spec, target):
@@ -25,13 +25,6 @@ def test_names():
     assert isa("avx2") is ISAS["avx2"]
     with pytest.raises(ValueError, match="isa is 'sse2'"):
         isa("sse2")
-
-
-def test_the_host_gets_the_first_whose_flags_it_has():
-    host = host_isa()
-    assert cpu_flags().issuperset(host.cpu_flags)
-    better = list(ISAS.values())[: list(ISAS).index(host.name)]
-    assert not any(cpu_flags().issuperset(other.cpu_flags) for other in better)
 
 
 @pytest.mark.parametrize(

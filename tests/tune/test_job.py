@@ -4,8 +4,8 @@ import pytest
 from laboratory import ISAS, Instance
 
 from whet.progress import Silent
+from whet.runtime.cpu import cpu_flags
 from whet.schedules.dense import DenseSpec
-from whet.schedules.isa import cpu_flags
 from whet.tune.laboratory import Laboratory
 from whet.tune.records import Records
 from whet.tune.search import tune

@@ -6,9 +6,9 @@ import tvm
 from laboratory import ISAS, Instance
 from tvm.s_tir import meta_schedule as ms
 
+from whet.runtime.cpu import cpu_flags
 from whet.schedules.attention import AttentionSpec
 from whet.schedules.dense import DenseSpec
-from whet.schedules.isa import cpu_flags
 from whet.tune.arguments import make_arguments
 from whet.tune.laboratory import Laboratory
 from whet.tune.measure import Experiment, allocate_nothing, build, evaluate, read_label, unpack

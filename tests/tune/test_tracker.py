@@ -12,8 +12,8 @@ from laboratory import ISAS, Instance
 
 from whet import cli
 from whet.progress import Silent
+from whet.runtime.cpu import cpu_flags
 from whet.schedules.dense import DenseSpec
-from whet.schedules.isa import cpu_flags
 from whet.tune.machine import Machine, cpu_type
 from whet.tune.records import Records
 from whet.tune.search import tune

@@ -9,9 +9,9 @@ from laboratory import ISAS
 import whet
 from whet import cli
 from whet.compiler import import_model
+from whet.runtime.cpu import cpu_flags
 from whet.schedules.attention import AttentionSpec
 from whet.schedules.dense import DenseSpec
-from whet.schedules.isa import cpu_flags
 from whet.tune.records import Record, Records
 from whet.tune.report import report
 from whet.tune.space import space

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from whet.schedules import amx, dense_amx, sparse_channel_i8, sparse_i8, sparse_low_i8
+from whet.schedules import amx, dense_amx, expanded_amx, sparse_channel_i8, sparse_i8, sparse_low_i8
 from whet.schedules.attention import AttentionKnobs, AttentionSpec
 from whet.schedules.dense import DenseSpec, family_of
 from whet.schedules.isa import Isa, isa
@@ -18,6 +18,9 @@ from whet.tune.instance import Instance, Knobs
 
 UNITS = 4
 """Units of parallel work that a layer is cut into at least, unless the default is fewer."""
+
+ON_TILES = (dense_amx, expanded_amx)
+"""Families whose accumulators are the tile registers of AMX."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Space:
         assert isinstance(self.instance.spec, DenseSpec)
         if knobs.chunk < knobs.rows:
             return False  # the same kernel as chunk == rows
-        if dense_amx.supports(self.instance.spec, target):
+        if family_of(self.instance.spec, target) in ON_TILES:
             across = knobs.rows // amx.ROWS
             return across * knobs.tiles + across + knobs.tiles <= amx.REGISTERS
         if isinstance(knobs, sparse_i8.SparseBlocking) and knobs.tiles == 1 and knobs.reach:
@@ -71,7 +74,7 @@ def _dense(spec: DenseSpec, target: Isa, default: Knobs) -> dict[str, tuple[int,
     largest = max(spec.out_features // UNITS, 1)
     chunks = tuple(c for c in (16, 32, 48, 64, 96, 128, 192, 256, 384, 512) if c <= largest)
     family = family_of(spec, target)
-    if family is dense_amx:
+    if family in ON_TILES:
         return {"rows": (16, 32, 48), "tiles": (1, 2, 3), "chains": (1,), "chunk": chunks}
     tiles: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
     rows: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24)

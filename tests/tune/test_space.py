@@ -21,6 +21,14 @@ SPECS = [
 ]
 
 
+def test_expanded_weights_are_blocked_for_tile_registers():
+    instance = Instance.of(DenseSpec(64, 64, "i8_expanded"), ISAS["amx_int8"], 0.2)
+    settings = list(space(instance))
+    assert len(settings) > 2 and all(v["rows"] % 16 == 0 and v["chains"] == 1 for v in settings)
+    for values in settings:
+        generate(instance, instance.knobs(values))
+
+
 @pytest.mark.parametrize("isa", ISAS.values(), ids=lambda isa: isa.name)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_the_space_holds_the_default_and_more(spec, isa):

@@ -51,12 +51,12 @@ def _prune(
     advance: Advance,
 ) -> dict[str, float]:
     masks = [batch["attention_mask"].bool() for batch in batches]
-    calls = [(_first_call(student, batch), _first_call(teacher, batch)) for batch in batches]
+    calls = [(first_call(student, batch), first_call(teacher, batch)) for batch in batches]
     errors: dict[str, float] = {}
     done = 0
     for i, (layer, wanted) in enumerate(zip(student.layers, teacher.layers, strict=True)):
         for group in student.family.groups:
-            moments = _moments(layer, wanted, group, student.family.residual, calls, masks)
+            moments = moments_of(layer, wanted, group, student.family.residual, calls, masks)
             for name in group:
                 dense = layer.get_submodule(name)
                 full = f"{i}.{name}"
@@ -68,7 +68,7 @@ def _prune(
                 done += 1
                 advance(done)
         with autocast():
-            calls = [(_next_call(layer, own), _next_call(wanted, other)) for own, other in calls]
+            calls = [(next_call(layer, own), next_call(wanted, other)) for own, other in calls]
     return errors
 
 
@@ -79,7 +79,7 @@ class _Enough(Exception):
     """Ends a run of a layer whose rest nobody needs."""
 
 
-def _first_call(encoder: Encoder, batch: Batch) -> Call:
+def first_call(encoder: Encoder, batch: Batch) -> Call:
     """What the first layer is called with."""
     found: list[Call] = []
 
@@ -102,7 +102,8 @@ def inputs_of(batch: Batch) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
 
-def _next_call(layer: nn.Module, call: Call) -> Call:
+def next_call(layer: nn.Module, call: Call) -> Call:
+    """What the next layer is called with."""
     args, kwargs = call
     return (_run(layer, call), *args[1:]), kwargs
 
@@ -112,7 +113,7 @@ def _run(layer: nn.Module, call: Call) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _moments(
+def moments_of(
     layer: nn.Module,
     wanted: nn.Module,
     group: tuple[str, ...],

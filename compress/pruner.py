@@ -70,8 +70,9 @@ class Pruner:
     def prune(self, sparsity: float, advance: Advance = lambda done: None) -> None:
         """Choose blocks anew, so that the share ``sparsity`` of them is zero."""
         with torch.no_grad():
+            grown = sparsity / self.recipe.sparsity
+            shares = {name: grown * self.recipe.shares.get(name, self.recipe.sparsity) for name in self.dense}
             if self.recipe.method == "reconstruct":
-                shares = dict.fromkeys(self.dense, sparsity)
                 self.errors = prune_post_training(
                     self.student, self.reference, self.calibration, self.block, shares, self.recipe.damping, advance
                 )
@@ -82,7 +83,10 @@ class Pruner:
                     by_weight = self.scores[name] if self.scores else layer.weight.abs()
                     pooled = self.block.pool(by_weight, self.recipe.pooling)
                     scores[name] = pooled.masked_fill(~self.keep[name], -torch.inf)
-                self.keep = keep_best(scores, sparsity, everywhere=self.recipe.budget == "global")
+                if self.recipe.budget == "global":
+                    self.keep = keep_best(scores, sparsity, everywhere=True)
+                else:
+                    self.keep = {name: keep_best({name: scores[name]}, shares[name])[name] for name in scores}
             self._expand()
             for name, layer in self.dense.items():
                 layer.weight.mul_(self.masks[name])

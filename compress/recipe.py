@@ -21,7 +21,7 @@ else:
 VERSION = 1
 Task: TypeAlias = Literal["embedding", "sequence_classification", "token_classification", "question_answering"]
 Method: TypeAlias = Literal["reconstruct", "magnitude", "movement", "snip_momentum", "lock"]
-Budget: TypeAlias = Literal["layer", "global"]
+Budget: TypeAlias = Literal["layer", "global", "latency"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Pruning:
     calibration: int = 2048
     """Texts whose moments ``reconstruct`` uses."""
     damping: float = 0.01
+    shares: dict[str, float] = field(default_factory=dict)
+    """Sparsities of single dense layers (``"0.intermediate.dense"``), where they are not ``sparsity``."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,10 @@ class Recipe:
         _expect("pruning.end", p.end, 0 <= p.end <= 1, "a share of the training, 0 to 1")
         _expect("pruning.damping", p.damping, p.damping > 0, "more than 0")
         _expect("pruning.calibration", p.calibration, p.calibration >= 1, "at least 1 text")
+        for name, value in p.shares.items():
+            _expect(f"pruning.shares.{name}", value, 0 <= value < 1, "a share of at least 0 and below 1")
+        if p.shares and p.budget == "global":
+            raise ValueError("pruning.shares are given, but pruning.budget is 'global'; leave one of them out")
         for name, value in (("steps", t.steps), ("limit", self.data.limit), ("seed", self.seed)):
             _expect(name, value, value >= 0, "at least 0")
         for name in ("batch", "evaluate_every", "checkpoint_every"):
@@ -130,7 +136,9 @@ class Recipe:
         for name, value in weights.items():
             _expect(f"distillation.{name}", value, value >= 0, "at least 0")
         if p.method == "reconstruct" and p.budget == "global":
-            raise ValueError("pruning.budget is 'global', but reconstruct prunes layer after layer; use 'layer'")
+            raise ValueError(
+                "pruning.budget is 'global', but reconstruct prunes layer after layer; use 'layer' or 'latency'"
+            )
         if p.method in ("movement", "snip_momentum") and p.sparsity and not t.steps:
             raise ValueError(
                 f"pruning.method is {p.method!r}, which needs gradients: give training.steps, or use reconstruct"
@@ -207,6 +215,8 @@ def _from_value(kind: Any, value: Any, name: str) -> Any:
         value = float(value)
     if type(value) is not plain or (plain is list and not all(isinstance(v, str) for v in value)):
         raise ValueError(f"{name} is {value!r}; expected a {'list of texts' if plain is list else plain.__name__}")
+    if plain is dict:
+        return {k: _from_value(get_args(kind)[1], v, f"{name}.{k}") for k, v in value.items()}
     return tuple(value) if origin is tuple else value
 
 

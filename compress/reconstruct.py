@@ -63,10 +63,14 @@ class Reconstruction:
     """Bool ``(N / R, K / 4)``."""
     error: float
     """Squared error of the output over its variance, on the texts of the moments."""
+    curve: Tensor
+    """Float ``(n,)``: an estimate of what ``error`` is after 0, 1, … blocks have been removed."""
 
 
-def reconstruct(weight: Tensor, moments: Moments, block: Block, sparsity: float, damping: float) -> Reconstruction:
-    """Prune a layer to ``sparsity`` of its blocks.
+def reconstruct(
+    weight: Tensor, moments: Moments, block: Block, sparsity: float, damping: float, deepest: float = 0.0
+) -> Reconstruction:
+    """Prune a layer to ``sparsity`` of its blocks; follow removals on to ``deepest``, for the curve.
 
     ``weight`` is float ``(N, K)``; zero blocks stay zero. ``damping`` is λ as a share of the mean variance of x: it
     keeps weights near the old ones in directions that the texts hardly show. With sparsity 0 weights only adapt.
@@ -79,24 +83,31 @@ def reconstruct(weight: Tensor, moments: Moments, block: Block, sparsity: float,
     cross = moments.tx / count - torch.outer(mean_t, mean_x)
     g = cross + shift * weight.double()
 
-    keep = _choose(h, g, block.held(weight), block, sparsity)
+    present = block.held(weight)
+    keep, costs = present, present.new_zeros(0, dtype=torch.float32)
+    if max(sparsity, deepest) > 1 - float(present.double().mean()):
+        cost = _costs(h, g, present, block, max(sparsity, deepest))
+        keep = keep_best({"": cost}, max(sparsity, 1 - float(present.double().mean())))[""]
+        costs = cost[cost.isfinite()].sort().values
     solved = _solve(h, g, keep, block)
     bias = mean_t - solved @ mean_x
-    variance = moments.tt / count - float((mean_t**2).sum())
+    variance = max(moments.tt / count - float((mean_t**2).sum()), 1e-12)
     residual = variance - 2 * float((solved * cross).sum()) + float(((solved @ covariance) * solved).sum())
-    return Reconstruction(solved.float(), bias.float(), keep, residual / max(variance, 1e-12))
+    curve = torch.cat([costs.new_zeros(1), costs.cumsum(0)]) / variance
+    return Reconstruction(solved.float(), bias.float(), keep, residual / variance, curve)
 
 
-def _choose(h: Tensor, g: Tensor, present: Tensor, block: Block, sparsity: float) -> Tensor:
-    """Which blocks to keep, the layer's budget shared out among its groups of rows by what each removal costs."""
-    if sparsity <= 1 - float(present.double().mean()):
-        return present
+def _costs(h: Tensor, g: Tensor, present: Tensor, block: Block, sparsity: float) -> Tensor:
+    """What it costs to remove each block: infinity where none has to be removed, minus infinity where there is none.
+
+    Ranked over the layer, they share its budget out among the groups of rows.
+    """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h)).float()
     weight = (g.float() @ inverse).view(len(present), block.rows, -1)
     cost = torch.full(present.shape, torch.inf, device=h.device).masked_fill(~present, -torch.inf)
     for own, blocks, costs in zip(weight, present, cost, strict=True):
         _remove(own, inverse, blocks, costs, least=round(LEAST * (1 - sparsity) * len(blocks)))
-    return keep_best({"": cost}, sparsity)[""]
+    return cost
 
 
 def _remove(weight: Tensor, inverse: Tensor, present: Tensor, cost: Tensor, least: int) -> None:

@@ -15,14 +15,16 @@ import torch
 from whet.datasets import LabelledText, Text
 from whet.progress import Progress
 
+from .blocks import Block
 from .data import Example, all_labels, check_examples, hold_out, read_examples, texts_of
-from .features import in_order, make_features
+from .features import Batch, Feature, in_order, make_features
 from .folders import has_head
 from .hardware import device
 from .models import Encoder, load_encoder
 from .pruner import Pruner
 from .recipe import Recipe
 from .scores import Scorer
+from .sensitivity import Curve, measure_sensitivity
 from .train import append, train
 
 HELD_OUT = 0.05
@@ -84,11 +86,7 @@ def run_recipe(
     with progress.phase("load models"):
         student, teacher, reference = _models(recipe, training)
     with progress.phase("tokenise"):
-        features = make_features(student, training, recipe.data.max_length)
-        if not features:
-            raise ValueError("no training row fits data.max_length; raise it")
-        sample = random.Random(recipe.seed).sample(features, min(recipe.pruning.calibration, len(features)))
-        calibration = [batch for _, batch in in_order(sample, 64, student)]
+        features, calibration = _features(recipe, student, training)
     with progress.phase("score the model as it is"):
         scorer = Scorer(student, development, reference, recipe.data.max_length)
         before = scorer(student)
@@ -147,6 +145,33 @@ def _examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
         return training, read_examples(data.development, recipe.task, data.development_format, data.columns)
     training, development = hold_out(training, HELD_OUT, recipe.seed)
     return training, development[:MOST_SCORED]
+
+
+def _features(recipe: Recipe, student: Encoder, training: list[Example]) -> tuple[list[Feature], list[Batch]]:
+    """All training texts as features, and some in batches to calibrate with."""
+    features = make_features(student, training, recipe.data.max_length)
+    if not features:
+        raise ValueError("no training row fits data.max_length; raise it")
+    sample = random.Random(recipe.seed).sample(features, min(recipe.pruning.calibration, len(features)))
+    return features, [batch for _, batch in in_order(sample, 64, student)]
+
+
+def sensitivity_of(
+    recipe: Recipe, grid: Sequence[float], progress: Progress
+) -> tuple[dict[str, Curve], dict[str, tuple[int, int]]]:
+    """What the model loses by pruning each dense layer to each sparsity of ``grid``, and the layers' ``(N, K)``."""
+    torch.manual_seed(recipe.seed)
+    with progress.phase("read data"):
+        training, _ = _examples(recipe)
+    with progress.phase("load the model"):
+        encoder = load_encoder(recipe.model, recipe.task, all_labels(training))
+        encoder.model.to(device())
+        _, calibration = _features(recipe, encoder, training)
+    block = Block.parse(recipe.pruning.block)
+    with progress.phase("measure what layers lose", len(encoder.dense)) as advance:
+        curves = measure_sensitivity(encoder, calibration, block, grid, recipe.pruning.damping, advance)
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in encoder.dense.items()}
+    return curves, {name: shapes[name] for name in curves}
 
 
 def _models(recipe: Recipe, training: list[Example]) -> tuple[Encoder, Encoder | None, Encoder]:

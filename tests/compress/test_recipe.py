@@ -57,7 +57,7 @@ def test_bad_files_say_which_field(tmp_path, text, message):
         ("pruning", {"sparsity": 1.0}, "pruning.sparsity is 1.0"),
         ("pruning", {"block": "3x4"}, "block is '3x4'"),
         ("pruning", {"method": "luck"}, "pruning.method is 'luck'"),
-        ("pruning", {"method": "reconstruct", "budget": "global"}, "use 'layer'"),
+        ("pruning", {"method": "reconstruct", "budget": "global"}, "use 'layer' or 'latency'"),
         ("training", {"batch": 0}, "training.batch is 0"),
         ("training", {"warmup": 1.0}, "training.warmup is 1.0"),
         ("distillation", {"states": -1.0}, "distillation.states is -1.0"),

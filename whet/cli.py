@@ -28,7 +28,20 @@ _TUNING_PACKAGES = ("xgboost", "psutil", "cloudpickle")
 _TRAINING_PACKAGES = ("torch", "transformers", "tomli")
 _SOURCE = ("task", "pooling", "tokenizer", "sparsity", "block_rows", "tokens")
 """Options that say what the model is and what is made of it."""
-_RECIPE = ("model", "task", "teacher", "data", "development", "format", "sparsity", "block", "method", "steps", "seed")
+_RECIPE = (
+    "model",
+    "task",
+    "teacher",
+    "data",
+    "development",
+    "format",
+    "sparsity",
+    "block",
+    "method",
+    "budget",
+    "steps",
+    "seed",
+)
 """Options that are fields of a recipe."""
 _FOR_ENCODERS = ("precision", "calibration", "calibration_method", "activations", "sparsity", "block_rows", "dump_ir")
 """Options that do nothing for a model that is not recognised as an encoder."""
@@ -485,6 +498,13 @@ def _add_compress(sub: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         choices=_Names("whet.compress.recipe", "Method"),
         help="how blocks are chosen: %(choices)s; default reconstruct",
+    )
+    sub.add_argument(
+        "--budget",
+        metavar="BUDGET",
+        choices=_Names("whet.compress.recipe", "Budget"),
+        help="whether each layer loses its share (layer, default), or the least needed does, of all blocks (global) "
+        "or of the time that --sparsity in all layers would take (latency)",
     )
     sub.add_argument(
         "--teacher",

@@ -9,22 +9,30 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from whet.bench import bench
-from whet.compiler import compile
+import numpy as np
+
+from whet.bench import interleave, random_inputs
+from whet.compiler import Precision, Report, compile
 from whet.compress.blocks import Block
 from whet.compress.folders import has_head
 from whet.compress.recipe import Data, Distillation, Pruning, Recipe, Training, parse_value
 from whet.datasets import Dataset, LabelledText, Question, Row, ScoredPair, Text, read_dataset
 from whet.evaluate import evaluate
+from whet.host import host_isa
+from whet.passes.choose_kernels import TYPICAL_TOKENS
 from whet.progress import Progress, Silent
-from whet.runtime import load
+from whet.runtime import Session, load
 from whet.runtime.cpu import cpu_model
+from whet.schedules.cost import estimate_cycles
+from whet.schedules.dense_spec import DenseSpec
+from whet.schedules.isa import TILE
 
 if TYPE_CHECKING:
     from whet.compress.data import Example
@@ -40,10 +48,14 @@ __all__ = [
     "Training",
     "compress",
     "make_recipe",
+    "plan",
 ]
 
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 SEQUENCES = (32, 128)
 """Tokens per request of the latencies."""
+SECONDS = 1.0
+"""Timed seconds of each module at each length."""
 CALIBRATION = 256
 """Training texts that the int8 scales are calibrated with."""
 RESULTS = "measured.json"
@@ -151,6 +163,8 @@ def compress(
             ) from error
         raise
     progress = progress or Silent()
+    if recipe.pruning.budget == "latency" and recipe.pruning.sparsity and not recipe.pruning.shares:
+        recipe = plan(recipe, progress)
     reports: list[CompressionReport] = []
     rows = _test_rows(recipe, test, test_format) if measure and test is not None else None
 
@@ -178,6 +192,36 @@ def compress(
     return reports[0]
 
 
+def plan(recipe: Recipe, progress: Progress | None = None) -> Recipe:
+    """Choose a sparsity for every layer: as fast as ``pruning.sparsity`` in all of them, by the compiler's cost model.
+
+    What a layer loses at each sparsity is measured on calibration texts (:mod:`whet.compress.sensitivity`), the cycles
+    that its kernel takes are estimated for this CPU; the sum of the losses is least at that sum of cycles.
+
+    Returns:
+        The recipe with ``pruning.shares``, which need no plan again.
+
+    """
+    from whet.compress.run import sensitivity_of  # noqa: PLC0415
+    from whet.compress.sensitivity import allocate  # noqa: PLC0415
+
+    pruning = recipe.pruning
+    grid = sorted({*(round(0.05 * i, 2) for i in range(20)), pruning.sparsity})
+    losses, shapes = sensitivity_of(recipe, grid, progress or Silent())
+    rows = Block.parse(pruning.block).rows
+    cycles = {name: {s: _cycles(shapes[name], rows, 1 - s) for s in grid} for name in losses}
+    limit = sum(curve[pruning.sparsity] for curve in cycles.values())
+    return replace(recipe, pruning=replace(pruning, shares=allocate(losses, cycles, limit)))
+
+
+def _cycles(shape: tuple[int, int], block_rows: int, density: float) -> float:
+    """Cycles of a layer, with the faster of the dense kernel and that of the blocks."""
+    isa, tiles = host_isa(), math.ceil(TYPICAL_TOKENS / TILE)
+    dense = estimate_cycles(DenseSpec(*shape, "i8"), tiles, 1.0, isa)
+    sparse = estimate_cycles(DenseSpec(*shape, "i8_sparse", block_rows), tiles, density, isa)
+    return min(dense, max(sparse, density * dense))
+
+
 PLACES = {
     "data": ("data", "train"),
     "development": ("data", "development"),
@@ -185,6 +229,7 @@ PLACES = {
     "sparsity": ("pruning", "sparsity"),
     "block": ("pruning", "block"),
     "method": ("pruning", "method"),
+    "budget": ("pruning", "budget"),
     "steps": ("training", "steps"),
 }
 """Where the options that have a name of their own stand in a recipe."""
@@ -280,30 +325,41 @@ def _measure(
     if has_head(recipe.model, recipe.task):
         models = {"dense": Path(recipe.model), **models}
     pooling: Any = "mean" if recipe.task == "embedding" and not (folder / "modules.json").is_file() else None
-    found = []
+    modules: dict[tuple[str, str], tuple[Report, Session, dict[str, float]]] = {}
     with TemporaryDirectory(prefix="whet-compress-") as scratch:
         for name, source in models.items():
-            for precision in ("fp32", "int8"):
+            for precision in PRECISIONS:
                 module = Path(scratch) / f"{name}-{precision}.so"
                 options: dict[str, Any] = {"calibration": list(texts[:CALIBRATION])} if precision == "int8" else {}
                 with progress.phase(f"compile {name} {precision}"):
-                    report = compile(source, module, precision, pooling=pooling, **options)  # type: ignore[arg-type]
+                    report = compile(source, module, precision, pooling=pooling, **options)
                 session = load(module, 1)
                 scores = evaluate(session, Dataset(rows), progress).scores if rows else {}
-                lengths = sorted({min(n, session.metadata.max_length) for n in SEQUENCES})
-                times = bench(module, sequences=lengths, progress=progress).timings
-                zeros = [(c.zeros, c.out_features * c.in_features) for c in report.layers]
-                found.append(
-                    Measured(
-                        model=name,
-                        precision=precision,
-                        scores=scores,
-                        milliseconds={t.sequence: t.median_ms for t in times},
-                        size=report.size,
-                        zeros=sum(z * n for z, n in zeros) / max(1, sum(n for _, n in zeros)),
-                    )
-                )
-    return tuple(found)
+                modules[name, precision] = report, session, scores
+        times = _times({key: session for key, (_, session, _) in modules.items()}, progress)
+        return tuple(
+            Measured(*key, scores, times[key], report.size, _zeros(report))
+            for key, (report, _, scores) in modules.items()
+        )
+
+
+def _times(sessions: Mapping[tuple[str, str], Session], progress: Progress) -> dict[tuple[str, str], dict[int, float]]:
+    """Median milliseconds of a request by its tokens; modules take turns: what else the machine does meets all."""
+    metadata = next(iter(sessions.values())).metadata
+    times: dict[tuple[str, str], dict[int, float]] = {key: {} for key in sessions}
+    for length in sorted({min(n, metadata.max_length) for n in SEQUENCES}):
+        inputs = tuple(random_inputs(metadata, 1, length).values())[: 3 if metadata.type_vocab_size > 1 else 2]
+        with progress.phase(f"time {length} tokens"):
+            runs = interleave({str(i): partial(s.run, *inputs) for i, s in enumerate(sessions.values())}, SECONDS)
+        for key, seconds in zip(sessions, runs.values(), strict=True):
+            times[key][length] = float(np.median(seconds)) * 1e3
+    return times
+
+
+def _zeros(report: Report) -> float:
+    """Share of zeros in the dense layers that have integer weights."""
+    layers = [(layer.zeros, layer.out_features * layer.in_features) for layer in report.layers]
+    return sum(zeros * size for zeros, size in layers) / max(1, sum(size for _, size in layers))
 
 
 def _card(recipe: Recipe, report: CompressionReport) -> str:

@@ -45,7 +45,13 @@ HOPELESS_SECONDS = 20.0
 """… and those are not timed again: the pass that warmed them up is the result."""
 
 ENGINES: dict[str, dict[str, tuple[str, ...]]] = {
-    "whet": {"int8": tuple(WEIGHTS), "fp32": ("dense",), "encode": ("dense", "80% 4x4")},
+    "whet": {
+        "int8": tuple(WEIGHTS),
+        "int8 for batches": ("80% 4x4", "90% 4x4"),
+        "bf16": ("dense",),
+        "fp32": ("dense",),
+        "encode": ("dense", "80% 4x4"),
+    },
     "onnxruntime": {
         f"{precision}{graph}": ("dense",)
         for precision in ("fp32", "int8 dynamic", "int8 static")

@@ -36,16 +36,37 @@ class Weights:
     """Which zeros the dense layers have."""
 
     zeros: float
-    block_rows: int
+    block: tuple[int, int] = (4, 4)
+    """Output rows × input channels; R × 4 or 1 × 1, which is without structure."""
 
     def __str__(self) -> str:
-        return f"{self.zeros:.0%} {self.block_rows}x4" if self.zeros else "dense"
+        return "{:.0%} {}x{}".format(self.zeros, *self.block) if self.zeros else "dense"
+
+    def prune(self, weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Set the blocks of the least magnitude to zero."""
+        if self.block == (1, 1):
+            return np.where(np.abs(weight) < np.quantile(np.abs(weight), self.zeros), np.float32(0), weight)
+        return prune(weight, self.zeros, self.block[0])
 
 
 WEIGHTS = {
     str(weights): weights
-    for weights in (Weights(0.0, 4), Weights(0.8, 4), Weights(0.9, 4), Weights(0.8, 1), Weights(0.9, 1))
+    for weights in (
+        Weights(0.0),
+        Weights(0.8),
+        Weights(0.9),
+        Weights(0.8, (1, 4)),
+        Weights(0.9, (1, 4)),
+        Weights(0.8, (1, 1)),
+    )
 }
+VARIANTS: dict[str, dict[str, Any]] = {
+    "int8": {},
+    "int8 for batches": {"tokens": 1024},
+    "bf16": {"precision": "bf16"},
+    "fp32": {"precision": "fp32"},
+}
+"""How Whet compiles."""
 
 
 def make_model(folder: Path, shape: str, weights: Weights, head: str = "qa") -> Path:
@@ -59,7 +80,7 @@ def make_model(folder: Path, shape: str, weights: Weights, head: str = "qa") -> 
     def dense(name: str, rows: int, columns: int, sparse: bool = True) -> None:
         weight = random.normal(0, 0.02, (rows, columns)).astype(np.float32)
         sparse = sparse and weights.zeros > 0
-        tensors[name + ".weight"] = prune(weight, weights.zeros, weights.block_rows) if sparse else weight
+        tensors[name + ".weight"] = weights.prune(weight) if sparse else weight
         tensors[name + ".bias"] = random.normal(0, 0.02, rows).astype(np.float32)
 
     def norm(name: str) -> None:
@@ -115,7 +136,7 @@ def prepare(folder: Path, shape: str, weights: Weights, variant: str | None, fin
     if variant == "encode":
         whet.compile(_encoder(folder, shape, weights), module, pooling="mean")
     else:
-        whet.compile(folder, module, "fp32" if variant == "fp32" else "int8")
+        whet.compile(folder, module, **VARIANTS[variant])
     stamp.write_text(fingerprint)
 
 

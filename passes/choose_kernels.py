@@ -27,7 +27,8 @@ CLEARLY = 0.9
 SLIGHTLY = 0.97
 """An expanded one, less than this: it is the dense kernel with fewer bytes to wait for, and a smaller file."""
 NEARLY = 1.05
-"""Of kernels whose estimates are this close the one with the largest blocks, up to 8 × 4, is taken: less to index."""
+"""Of sparse kernels whose estimates are this close the one with the largest blocks, up to 8 × 4, is taken: less to
+index."""
 TYPICAL_TOKENS = 64
 """Of a call, unless the user says otherwise. On AMX kernels depend on it: many tokens favour dense products."""
 
@@ -91,13 +92,19 @@ def _choose(layer: str, values: np.ndarray[Any, Any], isa: Isa, tiles: int) -> C
         for kernel, spec in kernels.items()
     }
     least = min(cycles.values())
-    chosen = min(cycles, key=lambda kernel: (cycles[kernel] > NEARLY * least, -min(kernel[0] * kernel[1], 32)))
+    chosen = min(cycles, key=lambda kernel: _rank(kernel, cycles[kernel], least))
     density = densities[chosen[:2]]
     expanded = chosen[2]
     if cycles[chosen] >= (SLIGHTLY if expanded else CLEARLY) * dense:
         chosen, density = (0, 0, False), 1.0
     named = {"dense": dense, **{_candidate(*kernel): value for kernel, value in cycles.items()}}
     return Choice(layer, rows, columns, float((values == 0).mean()), *chosen, _candidate(*chosen), density, named)
+
+
+def _rank(kernel: tuple[int, int, bool], cycles: float, least: float) -> tuple[bool, bool, float]:
+    """What makes a candidate better, the most important first; less is better."""
+    rows, columns, expanded = kernel
+    return cycles > NEARLY * least, expanded, cycles if expanded else -min(rows * columns, 32)
 
 
 def _candidate(block_rows: int, block_columns: int, expanded: bool) -> str:

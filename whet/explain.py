@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from whet.passes.dialect import Pooling
 
 
+RIVALS = 3
+"""Candidates that a line about a layer names beside the chosen and the dense kernel."""
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What becomes of a model."""
@@ -141,6 +145,9 @@ def describe_layer(layer: Mapping[str, Any]) -> str:
     """One integer dense layer: its zeros, the kernel chosen, and how the candidates were judged."""
     kernel = layer["kernel"]
     cycles = layer["cycles"]
-    others = ", ".join(f"{name} {c / cycles[kernel]:.2f}×" for name, c in cycles.items() if name != kernel)
+    others = sorted((name for name in cycles if name not in (kernel, "dense")), key=lambda name: cycles[name])[:RIVALS]
+    if kernel != "dense":
+        others = ["dense", *others]
+    judged = ", ".join(f"{name} {cycles[name] / cycles[kernel]:.2f}×" for name in others)
     shape = f"{layer['out_features']} × {layer['in_features']}"
-    return f"  {layer['layer']:32} {shape:>12} {layer['zeros']:6.1%} zeros → {kernel:14} ({others})"
+    return f"  {layer['layer']:32} {shape:>12} {layer['zeros']:6.1%} zeros → {kernel:12} ({judged})"

@@ -1,6 +1,6 @@
-"""Whet: int8 and fp32 by ``session.run``, and whole requests, tokenising included, by ``session.encode``.
+"""Whet: by ``session.run``, and whole requests, tokenising included, by ``session.encode``.
 
-Variants: "int8", "fp32", "encode" (int8).
+Variants: those that the driver compiled, and "encode" (int8).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ OFTEN = 0.8
 """The share of the rounds in which it must be faster."""
 SETTLE_SECONDS = 8.0
 """What settling one kernel takes, about: kept back from a budget of time."""
-WARM_UP = 24
+WARM_UP = 8
 """Trials before the cost model is asked."""
 
 

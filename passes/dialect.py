@@ -152,11 +152,11 @@ def attention(
 
 
 def self_attention(
-    qkv: relax.Expr, segments: relax.Expr, *, heads: int, scale: float, **quantisation: float
+    qkv: relax.Expr, segments: relax.Expr, *, heads: int, scale: float, **quantisation: float | bool
 ) -> relax.Call:
     """Attention whose Q, K and V stand one after the other in one value: tiles ``(t, 3·C, 16)`` to ``(t, C, 16)``.
 
-    ``quantise`` adds the attributes ``q_scale``, ``k_scale`` and ``v_scale``.
+    ``quantise`` adds the attributes ``q_scale``, ``k_scale`` and ``v_scale``; ``round_to_bf16`` adds ``bf16``.
     """
     return _call(SELF_ATTENTION, [qkv, segments], heads=heads, scale=scale, **quantisation)
 

@@ -205,6 +205,7 @@ def _attention(
     heads: int,
     scale: float,
     integer: bool = False,
+    bf16: bool = False,
 ) -> Rows:
     out = np.empty_like(v)
     for start, length in segments:
@@ -217,6 +218,8 @@ def _attention(
         np.exp(scores, out=scores)
         if integer:
             np.rint(scores * 255, out=scores)
+        if bf16:
+            scores = bfloat16.rounded(scores)
         scores /= scores.sum(axis=-1, keepdims=True)
         out[rows] = (scores @ value).transpose(1, 0, 2).reshape(length, -1)
     return out
@@ -231,13 +234,16 @@ def _self_attention(
     q_scale: float | None = None,
     k_scale: float | None = None,
     v_scale: float | None = None,
+    bf16: bool = False,
 ) -> Rows:
+    if bf16:
+        qkv = bfloat16.rounded(qkv)
     q, k, v = np.split(qkv, 3, axis=1)
     if q_scale is not None:
         q = _rounded(q, q_scale, 128, 0, 255)
         k = _rounded(k, k_scale, 0, -128, 127)
         v = _rounded(v, v_scale, 0, -128, 127)
-    return _attention(q, k, v, segments, heads=heads, scale=scale, integer=q_scale is not None)
+    return _attention(q, k, v, segments, heads=heads, scale=scale, integer=q_scale is not None, bf16=bf16)
 
 
 def _stack(*values: Rows) -> Rows:

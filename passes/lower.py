@@ -219,7 +219,11 @@ class _Lowering:
         if output == "tiles":
             types = [self.tiles_type(var)]
         else:
-            types = self.heads_types(var, rows // 3) if output == "heads" else self.rounded_types(var, rows, output)
+            types = (
+                self.heads_types(var, rows // 3, integer)
+                if output == "heads"
+                else self.rounded_types(var, rows, output)
+            )
         notes: dict[str, Any] = {READS_ALL_WEIGHTS: True}
         if residual:
             notes[OVERWRITES] = arguments.index(residual[0])
@@ -256,7 +260,7 @@ class _Lowering:
         spec = AttentionSpec(
             heads=heads,
             head_size=channels // heads,
-            precision="i8" if integer else "f32",
+            precision="i8" if integer else "bf16" if attrs.get("bf16") else "f32",
             scale=1.0 if integer else float(attrs["scale"]),
             max_length=self.max_length,
         )
@@ -266,19 +270,22 @@ class _Lowering:
         def generator(spec: AttentionSpec, isa: Isa) -> tirx.PrimFunc:
             return attention(spec, isa, knobs)
 
-        if not integer:
+        if spec.precision == "f32":
             inputs = [self.tiles(call.args[0]), segments]
             types = [self.tiles_type(var)]
             self.forms[var, "tiles"] = self.call("attention", spec, generator, inputs, [], types, var.name)
             if self.demands[var].rounded:
                 self.round(var)
             return
-        demand = self.demands[var]
-        score = float(attrs["q_scale"]) * float(attrs["k_scale"]) * float(attrs["scale"])
-        numbers = np.array([score, float(attrs["v_scale"]) / demand.scale, demand.zero, 0.0], np.float32)
         inputs = [*self.forms[self.graph.source(call.args[0]), "heads"], segments]
-        types = self.rounded_types(var, channels, "quads")
-        self.forms[var, "quads"] = self.call("attention", spec, generator, inputs, [numbers], types, var.name)
+        form: Form = "quads" if integer else "pairs"
+        numbers: list[Array] = []
+        if integer:
+            demand = self.demands[var]
+            score = float(attrs["q_scale"]) * float(attrs["k_scale"]) * float(attrs["scale"])
+            numbers = [np.array([score, float(attrs["v_scale"]) / demand.scale, demand.zero, 0.0], np.float32)]
+        types = self.rounded_types(var, channels, form)
+        self.forms[var, form] = self.call("attention", spec, generator, inputs, numbers, types, var.name)
 
     def lower_activate(self, var: relax.Var, call: relax.Call) -> None:
         spec = ActivateSpec(shape_of(var)[1], attributes(call)["kind"])
@@ -340,12 +347,13 @@ class _Lowering:
             "dynamic": [quads, relax.TensorType((first, 2, TILE), "float32")],
         }[form]
 
-    def heads_types(self, var: relax.Var, channels: int) -> list[relax.TensorType]:
+    def heads_types(self, var: relax.Var, channels: int, integer: bool) -> list[relax.TensorType]:
         first = self.first(var)
+        in_word, unsigned, signed = (4, "uint8", "int8") if integer else (2, "uint16", "uint16")
         return [
-            relax.TensorType((first, channels // 4, TILE, 4), "uint8"),
-            relax.TensorType((first, channels // 4, TILE, 4), "int8"),
-            relax.TensorType((first, channels, TILE), "int8"),
+            relax.TensorType((first, channels // in_word, TILE, in_word), unsigned),
+            relax.TensorType((first, channels // in_word, TILE, in_word), signed),
+            relax.TensorType((first, channels, TILE), signed),
         ]
 
     def requant(self, demand: Demand) -> list[Array]:
@@ -440,7 +448,7 @@ def _demands(graph: Graph) -> dict[relax.Var, Demand]:
             want(call.args[0], _input_form(attrs), float(attrs.get("x_scale", 1.0)), int(attrs.get("x_zero", 0)))
             for residual in call.args[3:]:
                 want(residual, "tiles")
-        elif is_call(call, dialect.SELF_ATTENTION) and "q_scale" in attrs:
+        elif is_call(call, dialect.SELF_ATTENTION) and ("q_scale" in attrs or attrs.get("bf16")):
             want(call.args[0], "heads")
         else:
             for argument in call.args:

@@ -68,7 +68,7 @@ def quantise(
     layers = {
         b.var: b.value for b in graph.bindings if is_call(b.value, dialect.DENSE) and why_float(graph, b.value) is None
     }
-    attentions = {b.var: b.value for b in graph.bindings if _attention_becomes_integer(graph, layers, b.var, b.value)}
+    attentions = {b.var: b.value for b in graph.bindings if joins_its_layers(graph, layers, b.var, b.value)}
     dynamic = {var for var, call in layers.items() if config.activations == "per_token" and _normalised(graph, call)}
 
     wanted = {call.args[0].name: 1 for var, call in layers.items() if var not in dynamic}
@@ -109,8 +109,8 @@ def why_float(graph: Graph, dense: relax.Call) -> str | None:
     return None
 
 
-def _attention_becomes_integer(graph: Graph, layers: dict[Any, Any], var: relax.Var, call: relax.Expr) -> bool:
-    """An integer attention reads what one integer layer made for it, and is read by integer layers only."""
+def joins_its_layers(graph: Graph, layers: dict[Any, Any], var: relax.Var, call: relax.Expr) -> bool:
+    """Whether ``var`` is an attention that reads what one of ``layers`` makes for it alone, and only they read it."""
     if not is_call(call, dialect.SELF_ATTENTION):
         return False
     projection = call.args[0]

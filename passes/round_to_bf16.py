@@ -1,8 +1,8 @@
-"""Let dense layers multiply in bfloat16.
+"""Let dense layers and attention multiply in bfloat16.
 
 Before: fp32 dialect after the fusions. After: every dense layer that gains by it has the attribute ``bf16``: its input
-and its weight are rounded to bfloat16, the sums and all that follows stay float32. Which layers stay float32 is decided
-as for integers, see ``quantise``.
+and its weight are rounded to bfloat16, the sums and all that follows stay float32. So has every self-attention between
+two such layers, for Q, K, V and the probabilities. What stays float32 is decided as for integers, see ``quantise``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tvm import IRModule, relax
 
 from . import dialect
 from .graph import Graph, attributes, is_call, rewrite, weight_of
-from .quantise import why_float
+from .quantise import joins_its_layers, why_float
 
 SPARSE = 0.5
 """Share of zeros that no weight has by accident."""
@@ -21,10 +21,16 @@ SPARSE = 0.5
 def round_to_bf16(module: IRModule) -> IRModule:
     """Rewrite as the module docstring says."""
     graph = Graph(module)
+    layers = {
+        b.var: b.value for b in graph.bindings if is_call(b.value, dialect.DENSE) and why_float(graph, b.value) is None
+    }
+    attentions = {b.var for b in graph.bindings if joins_its_layers(graph, layers, b.var, b.value)}
 
     def visit(_builder: relax.BlockBuilder, var: relax.Var, call: relax.Call) -> relax.Expr:
-        if is_call(call, dialect.DENSE) and why_float(graph, graph.values[var]) is None:
+        if var in layers:
             return dialect.dense(*call.args, **attributes(call) | {"bf16": True})
+        if var in attentions:
+            return dialect.self_attention(*call.args, **attributes(call) | {"bf16": True})
         return call
 
     return rewrite(module, visit)

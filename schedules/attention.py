@@ -9,8 +9,8 @@ from tvm import tirx
 
 from whet.schedules import attention_amx
 from whet.schedules.attention_f32 import attention_f32
-from whet.schedules.attention_i8 import attention_i8
 from whet.schedules.attention_softmax import MAX_HEAD_SIZE
+from whet.schedules.attention_vector import attention_vector
 from whet.schedules.isa import Isa
 
 
@@ -28,22 +28,28 @@ class AttentionSpec:
     where the exponential's approximation moves 255 · exp by 0.16 at most before it is rounded. Every instruction set
     gives the same bytes.
 
+    Arguments for bf16, whose bits are uint16: q and k ``(nt, C/2, 16, 2)``, v ``(nt, C, 16)``, segments, out like q.
+    The factor of the scores is ``scale``. Products are added, and exponentials computed, in float32; the exponentials
+    are rounded to bfloat16, and their sum is that of the rounded.
+
     Arguments for f32: qkv ``(nt, 3C, 16)`` with the channels of Q, K, V in turn, segments, out ``(nt, C, 16)``; the
     factor of the scores is ``scale``, and lanes of no request become 0.
     """
 
     heads: int
     head_size: int
-    precision: Literal["i8", "f32"]
+    precision: Literal["i8", "bf16", "f32"]
     max_length: int
     """Longest request in tokens; the kernel has room for no more and does not check."""
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.precision not in ("i8", "f32"):
-            raise ValueError(f"precision is {self.precision!r}; expected 'i8' or 'f32'")
-        if self.precision == "i8" and self.head_size % 4:
-            raise ValueError(f"head_size is {self.head_size}; int8 attention needs a multiple of 4, so pad the heads")
+        if self.precision not in ("i8", "bf16", "f32"):
+            raise ValueError(f"precision is {self.precision!r}; expected 'i8', 'bf16' or 'f32'")
+        if self.precision != "f32" and self.head_size % 4:
+            raise ValueError(
+                f"head_size is {self.head_size}; {self.precision} attention needs a multiple of 4, so pad the heads"
+            )
         if self.precision == "i8" and self.head_size > MAX_HEAD_SIZE:
             raise ValueError(f"head_size is {self.head_size}; int8 attention takes at most {MAX_HEAD_SIZE}, so use f32")
         if self.max_length < 1:
@@ -85,5 +91,5 @@ def attention(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs | None = None
     if attention_amx.supports(spec, isa):
         generate = attention_amx.attention_amx
     else:
-        generate = attention_i8 if spec.precision == "i8" else attention_f32
+        generate = attention_f32 if spec.precision == "f32" else attention_vector
     return generate(spec, isa, knobs or AttentionKnobs.default(spec, isa))

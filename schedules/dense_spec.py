@@ -59,7 +59,8 @@ class DenseSpec:
 
     ``output`` is f32 tiles; or what the next layer multiplies, quads u8, requantised, from integers and pairs, rounded,
     from bf16; or "heads", where the layer is the fused Q, K and V of an attention (``out_features`` = 3 × hidden): Q as
-    quads u8 with zero point 128, K as quads s8, V as value rows s8, each already scaled by ``scale`` and ``bias``.
+    quads u8 with zero point 128, K as quads s8, V as value rows s8, each already scaled by ``scale`` and ``bias``; from
+    bf16 as pairs, pairs and value rows.
 
     Raises ValueError for sizes and combinations that no kernel computes.
     """
@@ -102,8 +103,10 @@ class DenseSpec:
         _one_of("output", self.output, get_args(Output))
         if self.out_features < 1 or self.in_features < 1:
             raise ValueError(f"a dense layer of {self.out_features} × {self.in_features}; both sizes must be positive")
-        if not self.is_integer and (self.per_token or self.output == "heads"):
-            raise ValueError(f"per_token and output 'heads' need an int8 weight; this one is {self.weight}")
+        if self.per_token and not self.is_integer:
+            raise ValueError(f"per_token needs an int8 weight; this one is {self.weight}")
+        if self.output == "heads" and self.weight == "f32":
+            raise ValueError("output 'heads' needs an int8 or bf16 weight; this one is f32")
         if (self.output == "pairs") != (self.weight == "bf16") and self.output in ("pairs", "quads"):
             raise ValueError(
                 f"output is {self.output!r}; bf16 weights give pairs, others quads; this one is {self.weight}"

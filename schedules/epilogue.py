@@ -12,7 +12,7 @@ from tvm.script.ir_builder import tirx as T
 
 from whet.schedules.dense_spec import QUAD, DenseSpec
 from whet.schedules.gemm import Block, named, parameter
-from whet.schedules.isa import TILE, Isa, fma, quantize4, round4, round_bf16, round_int, splat, view
+from whet.schedules.isa import TILE, Isa, fma, quantize4, round4, round_bf16, round_bf16_row, round_int, splat, view
 from whet.schedules.vector_math import ACTIVATIONS, ROUGH_ACTIVATIONS
 
 
@@ -102,55 +102,65 @@ class Epilogue:
         if self.layer.output == "tiles":
             for i, y in enumerate(values):
                 T.buffer_store(self.outputs[0], y, [where[0], row + i, where[1]])
-        elif self.layer.output == "pairs":
-            for i in range(0, len(values), 2):
-                pair = round_bf16(*values[i : i + 2])
-                T.buffer_store(_words(self.outputs[0]), pair, [where[0], (row + i) // 2, where[1]])
-        elif self.layer.output == "quads":
-            self._store_quad(row, where, values)
-        else:
+        elif self.layer.output == "heads":
             self._store_head(row, where, values)
+        else:
+            self._store_words(self.outputs[0], row, where, self._packed(values))
 
-    def _store_quad(self, row: Any, where: Any, values: list[Any]) -> None:
-        lanes = self.isa.lanes
-        inverse, zero = (splat(self.requant[i], lanes) for i in (0, 1))
-        packed = quantize4(values, inverse, zero, lanes)
-        T.buffer_store(_words(self.outputs[0]), packed, [where[0], row // QUAD, where[1]])
+    def _packed(self, values: list[Any]) -> list[Any]:
+        """Words of the next layer's input."""
+        if self.layer.output == "pairs":
+            return _pairs(values)
+        inverse, zero = (splat(self.requant[i], self.isa.lanes) for i in (0, 1))
+        return [quantize4(values, inverse, zero, self.isa.lanes)]
+
+    def _store_words(self, out: Any, row: Any, where: Any, words: list[Any]) -> None:
+        """Store the words of a quad of rows."""
+        for i, word in enumerate(words):
+            T.buffer_store(_words(out), word, [where[0], row // QUAD * len(words) + i, where[1]])
 
     def _store_head(self, row: Any, where: Any, values: list[Any]) -> None:
         """Rows 0…H are Q, then K, then V; a quad of rows is all of one of them."""
         lanes = self.isa.lanes
         hidden = self.layer.out_features // 3
+        integer = self.layer.is_integer
         q, k, v = self.outputs
 
         with T.If(row < hidden):
             with T.Then():
-                packed = round4([y + splat(128.0, lanes) for y in values], lanes)
-                T.buffer_store(_words(q), packed, [where[0], row // QUAD, where[1]])
+                shifted = [round4([y + splat(128.0, lanes) for y in values], lanes)] if integer else _pairs(values)
+                self._store_words(q, row, where, shifted)
             with T.Else(), T.If(row < 2 * hidden):
                 with T.Then():
-                    packed = round4(values, lanes, signed=True)
-                    T.buffer_store(_words(k), packed, [where[0], (row - hidden) // QUAD, where[1]])
+                    words = [round4(values, lanes, signed=True)] if integer else _pairs(values)
+                    self._store_words(k, row - hidden, where, words)
                 with T.Else():
-                    low, high = (splat(end, lanes, "int32") for end in (-128, 127))
                     for i, y in enumerate(values):
-                        narrow = T.cast(T.min(T.max(round_int(y, lanes), low), high), f"int8x{lanes}")
+                        narrow = _signed_byte(y, lanes) if integer else round_bf16_row(y)
                         T.buffer_store(v, narrow, [where[0], row - 2 * hidden + i, where[1]])
+
+
+def _pairs(values: list[Any]) -> list[Any]:
+    return [round_bf16(*values[i : i + 2]) for i in range(0, len(values), 2)]
+
+
+def _signed_byte(y: Any, lanes: int) -> Any:
+    low, high = (splat(end, lanes, "int32") for end in (-128, 127))
+    return T.cast(T.min(T.max(round_int(y, lanes), low), high), f"int8x{lanes}")
 
 
 def _declare_outputs(layer: DenseSpec, tiles: Any) -> tuple[Any, ...]:
     n = layer.out_features
     if layer.output == "tiles":
         return (parameter("out", (tiles, n, TILE), "float32"),)
-    if layer.output == "pairs":
-        return (parameter("out", (tiles, n // 2, TILE, 2), "uint16"),)
-    if layer.output == "quads":
-        return (parameter("out", (tiles, n // QUAD, TILE, QUAD), "uint8"),)
+    in_word, unsigned, signed = (QUAD, "uint8", "int8") if layer.weight != "bf16" else (2, "uint16", "uint16")
+    if layer.output != "heads":
+        return (parameter("out", (tiles, n // in_word, TILE, in_word), unsigned),)
     hidden = n // 3
     return (
-        parameter("q", (tiles, hidden // QUAD, TILE, QUAD), "uint8"),
-        parameter("k", (tiles, hidden // QUAD, TILE, QUAD), "int8"),
-        parameter("v", (tiles, hidden, TILE), "int8"),
+        parameter("q", (tiles, hidden // in_word, TILE, in_word), unsigned),
+        parameter("k", (tiles, hidden // in_word, TILE, in_word), signed),
+        parameter("v", (tiles, hidden, TILE), signed),
     )
 
 

@@ -231,6 +231,11 @@ def round_bf16(low: Any, high: Any) -> Any:
     return T.reinterpret("int32x16", tirx.Shuffle([halves], [T.int32(i // 2 + 16 * (i % 2)) for i in range(32)]))
 
 
+def round_bf16_row(x: Any) -> Any:
+    """Round a vector of 16 float32 to bfloat16 as ``round_bf16`` does; returns their bits as uint16."""
+    return T.reinterpret("uint16x16", T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx512bf16.cvtneps2bf16.512", x))
+
+
 def round4(rows: Sequence[Any], lanes: int, *, signed: bool = False) -> Any:
     """Round four float32 vectors to bytes, halves to even, and pack them into one int32 vector, the first lowest.
 

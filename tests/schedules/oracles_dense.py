@@ -51,6 +51,9 @@ def empty_outputs(spec, tiles):
     if spec.output == "quads":
         return [np.zeros((tiles, n // 4, TILE, 4), np.uint8)]
     h = n // 3
+    if spec.weight == "bf16":
+        pairs = (tiles, h // 2, TILE, 2)
+        return [np.zeros(shape, np.uint16) for shape in (pairs, pairs, (tiles, h, TILE))]
     quads = (tiles, h // 4, TILE, 4)
     return [np.zeros(quads, np.uint8), np.zeros(quads, np.int8), np.zeros((tiles, h, TILE), np.int8)]
 

@@ -64,6 +64,18 @@ def test_pairs_are_the_rounded_tiles(isa):
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
+def test_heads_are_the_rounded_tiles(isa):
+    weight, x, bias = case(48, 64, 3)
+    tiles, (q, k, v) = (
+        run_bf16(DenseSpec(48, 64, "bf16", output=output), isa, weight, x, [bias]) for output in ("tiles", "heads")
+    )
+    bits = np.split(bfloat16.to_bits(tiles), 3, axis=1)
+    np.testing.assert_array_equal(q, to_quads(bits[0], 2))
+    np.testing.assert_array_equal(k, to_quads(bits[1], 2))
+    np.testing.assert_array_equal(v, bits[2])
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh"])
 def test_activations(isa, kind):
     weight, x, bias = case(36, 64, 4)

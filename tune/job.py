@@ -17,7 +17,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from whet.tune import metaschedule
 from whet.tune.instance import Instance, Knobs
-from whet.tune.laboratory import Laboratory, Outcome, Timing
+from whet.tune.laboratory import Laboratory, Outcome, Timing, check
 from whet.tune.measure import Experiment, default_seconds, ratios
 from whet.tune.records import Record, Records
 
@@ -180,7 +180,7 @@ class _Running:
         return self.timing is None or self.timing.done()
 
     def result(self) -> Outcome:
-        return (None, self.built.error) if self.timing is None else self.timing.result()
+        return (None, check(self.built.error)) if self.timing is None else self.timing.result()
 
 
 @derived_object

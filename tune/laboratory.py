@@ -17,7 +17,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from whet.schedules.isa import isa
 from whet.tune import metaschedule
-from whet.tune.measure import Experiment, allocate_nothing, build, evaluate, start_worker, unpack
+from whet.tune.measure import OTHER_GENERATORS, Experiment, allocate_nothing, build, evaluate, start_worker, unpack
 
 TIMEOUT_SECONDS = 120.0
 CANDIDATE = "the candidate failed"
@@ -28,7 +28,14 @@ Outcome = tuple["np.ndarray[Any, Any] | None", str]
 
 
 class WorkersLostError(RuntimeError):
-    """No worker could time an experiment, which is not the experiment's fault."""
+    """No worker could build or time an experiment, which is not the experiment's fault."""
+
+
+def check(error: str) -> str:
+    """Return an error of an experiment as it is. WorkersLostError if that is none of the experiment's."""
+    if OTHER_GENERATORS in error:
+        raise WorkersLostError(f"{OTHER_GENERATORS} Make them the same, and start the same job again")
+    return error
 
 
 @dataclass
@@ -95,7 +102,7 @@ class Timing:
             if attempt:
                 self.future = self._run()
             result = self.future.result()
-            error = str(result.error_msg or "")
+            error = check(str(result.error_msg or ""))
             if result.run_secs is not None or CANDIDATE in error or self.laboratory.attempts == 1:
                 with suppress(OSError):
                     shutil.rmtree(Path(self.path).parent)

@@ -24,6 +24,7 @@ from whet.tune.arguments import make_arguments
 from whet.tune.instance import Instance, Knobs, generate
 from whet.tune.version import kernel_version
 
+OTHER_GENERATORS = "the kernel generators of a worker are not those of the job: is its Whet another, or edited?"
 LABEL_BYTES = 8192
 FAR_BYTES = 4 << 20
 """Weights of a model lie in the last-level cache, not nearer: so many bytes of copies are used in turn."""
@@ -57,9 +58,7 @@ class Experiment:
         value = json.loads(text)
         instance = Instance.from_json(value["kernel"])
         if value["version"] != kernel_version(instance):
-            raise ValueError(
-                "the kernel generators of a worker are not those of the job: were they edited? Start again"
-            )
+            raise ValueError(OTHER_GENERATORS)
         return Experiment(instance, tuple(instance.knobs(v) for v in value["variants"]), value["rounds"])
 
 

@@ -10,7 +10,7 @@ from whet.runtime.cpu import cpu_flags
 from whet.schedules.attention import AttentionSpec
 from whet.schedules.dense import DenseSpec
 from whet.tune.arguments import make_arguments
-from whet.tune.laboratory import Laboratory
+from whet.tune.laboratory import Laboratory, WorkersLostError, check
 from whet.tune.measure import Experiment, allocate_nothing, build, evaluate, read_label, unpack
 from whet.tune.metaschedule import workload
 from whet.tune.space import space
@@ -46,8 +46,10 @@ def test_workers_with_other_generators_refuse(monkeypatch):
     text = Experiment(instance, (instance.default_knobs(),), 2).to_json()
     assert Experiment.from_json(text).instance == instance
     monkeypatch.setattr("whet.tune.measure.kernel_version", lambda _: "other")
-    with pytest.raises(ValueError, match="generators"):
+    with pytest.raises(ValueError, match="generators") as refused:
         Experiment.from_json(text)
+    with pytest.raises(WorkersLostError, match="generators"):  # which is no failure of the candidate
+        check(str(refused.value))
 
 
 def test_weights_have_the_density_of_the_layer():

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import tvm
@@ -43,8 +44,10 @@ def serve(tracker: tuple[str, int], key: str, host: str = "0.0.0.0") -> None:
     start_worker()
     tvm_ffi.register_global_func(DESCRIBE, lambda: Machine.here().to_json(), override=True)
     tvm_ffi.register_global_func(EVALUATE, _evaluate, override=True)
+    home = Path.cwd()
     try:
         while True:
+            os.chdir(home)  # TVM's server works in the folder of the session, which is gone with one that crashed
             server = PopenRPCServerState(host, FIRST_PORT, LAST_PORT + 1, tracker_addr=tracker, key=key)
             server.thread.join()
             server.sock.close()

@@ -51,25 +51,30 @@ def tracker():
     os.killpg(process.pid, signal.SIGKILL)
 
 
+def start_worker(tracker, key):
+    command = f"from whet.cli import main; main(['tune', 'worker', '--tracker={tracker}', '--key={key}'])"
+    return start("-c", command)
+
+
 @pytest.fixture
 def workers(tracker):
-    command = f"import sys; from whet.cli import main; main(['tune', 'worker', '--tracker={tracker}', '--key={KEY}'])"
-    processes = [start("-c", command) for _ in range(3)]
+    processes = [start_worker(tracker, KEY) for _ in range(3)]
     yield processes
     for process in processes:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def when_ready(tracker, count):
+def when_ready(tracker, key, count):
     from whet.tune.remote import count_workers  # noqa: PLC0415 -- needs packages that are asked for above
 
-    deadline = time.monotonic() + 60
-    while True:
+    deadline = time.monotonic() + 120
+    found = None
+    while found != count:
+        assert time.monotonic() < deadline, found
         try:
-            if count_workers(address(tracker), KEY) >= count:
-                return
+            found = count_workers(address(tracker), key)
         except (ConnectionError, ValueError) as error:
-            assert time.monotonic() < deadline, error
+            found = error
         time.sleep(0.2)
 
 
@@ -103,7 +108,7 @@ class Saboteur(Silent):
 def test_a_job_survives_workers_that_die_and_hang(tracker, workers, tmp_path):
     from whet.tune import remote  # noqa: PLC0415
 
-    when_ready(tracker, 3)
+    when_ready(tracker, KEY, 3)
     laboratory, machine = remote.laboratory(address(tracker), KEY, TIMEOUT, GRACE)
     assert machine == Machine.here()
     instances = {Instance.of(DenseSpec(64, 32, "i8", residual=r), AVX2): 1 for r in (False, True)}
@@ -115,6 +120,27 @@ def test_a_job_survives_workers_that_die_and_hang(tracker, workers, tmp_path):
     again = Records.open(tmp_path, AVX2)
     assert sum(len(again.measured(i)) for i in instances) == 16 and not again.skipped
     assert all(len(r.ratios) == 4 and min(r.seconds) > 0 and not r.error for r in again.records)
+
+
+def test_a_worker_survives_a_session_that_crashes(tracker):
+    from tvm import rpc  # noqa: PLC0415
+
+    from whet.tune.worker import DESCRIBE  # noqa: PLC0415
+
+    psutil = pytest.importorskip("psutil", reason="psutil is not installed: pip install '.[tune]'")
+    process = start_worker(tracker, "crash")
+    try:
+        when_ready(tracker, "crash", 1)
+        client = rpc.connect_tracker(*address(tracker))
+        session = client.request("crash")
+        (child,) = psutil.Process(process.pid).children()
+        child.kill()
+        with pytest.raises(Exception, match=r"[Ss]ocket|RPC|closed|reset|length"):
+            session.get_function(DESCRIBE)()
+        again = client.request("crash", session_timeout=30)  # waits until the worker is back
+        assert Machine.from_json(str(again.get_function(DESCRIBE)())) == Machine.here()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_no_tracker_is_an_error(tmp_path, capsys):

@@ -63,8 +63,8 @@ def call(session: Any, tokens: int) -> Callable[[], Any]:
 
 def compare(calls: list[Callable[[], Any]]) -> dict[str, float]:
     """Milliseconds of both, and the median of the ratios of rounds: below 1 the second is faster."""
-    answers = [np.asarray(run()) for run in calls]
-    np.testing.assert_allclose(*answers, rtol=0, atol=TOLERANCE * float(np.abs(answers[0]).max()))
+    expected, answer = (np.asarray(run()) for run in calls)
+    np.testing.assert_allclose(answer, expected, rtol=0, atol=TOLERANCE * float(np.abs(expected).max()))
     count = max(1, round(SAMPLE_SECONDS / seconds(calls[0], 3)))
     rounds = []
     for r in range(ROUNDS):

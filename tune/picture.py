@@ -6,7 +6,7 @@ from html import escape
 
 from whet.tune.report import TuningReport
 
-LABELS, PLOT, ROW, MARGIN = 380, 520, 22, 40
+LABELS, PLOT, ROW, MARGIN = 440, 520, 22, 40
 COLOURS = ("#9ecae1", "#4292c6", "#08519c", "#08306b")
 """For few tokens to many."""
 STEP = 0.05

@@ -25,7 +25,7 @@ from whet.tune.version import kernel_version
 
 FORMAT = 1
 
-SHIPPED = Path(__file__).parent / "shipped"
+SHIPPED = Path(__file__).parent / "shipped-records"
 """Verdicts that ship with Whet; ``whet.tune.ship`` makes them of a folder of records."""
 
 

@@ -1,6 +1,6 @@
 """Choose the records that ship with Whet: the verdicts of folders that ``whet tune`` wrote, and nothing else.
 
-    python -m whet.tune.ship RECORDS …     # in a clone: writes tune/shipped
+    python -m whet.tune.ship RECORDS …     # in a clone: writes tune/shipped-records
 
 Verdicts of other kernel generators than today's are left out; what stands there already stays if nothing replaces it.
 """

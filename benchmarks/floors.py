@@ -35,8 +35,8 @@ from whet.schedules.isa import Isa
 
 WARM_UPS, LEAST_RUNS, SECONDS = 3, 20, 1.5
 CALIBRATION = 8
-DENSE = re.compile(r"dense_(?P<weight>f32|i8)_(?P<rows>\d+)x(?P<columns>\d+)_")
-SPARSE = re.compile(r"dense_i8_(?:sparse|expanded)_(?P<block>\d+x\d+)_(?P<rows>\d+)x(?P<columns>\d+)_")
+DENSE = re.compile(r"dense_(?P<weight>f32|i8)(?:_expanded_\d+x\d+)?_(?P<rows>\d+)x(?P<columns>\d+)_")
+SPARSE = re.compile(r"dense_i8_sparse_(?P<block>\d+x\d+)_(?P<rows>\d+)x(?P<columns>\d+)_")
 
 
 @dataclass

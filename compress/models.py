@@ -144,6 +144,8 @@ def load_encoder(folder: str | Path, task: Task, labels: Sequence[str] = ()) -> 
     if task.endswith("classification"):
         if has_head(root, task):
             labels = [config.id2label[i] for i in range(len(config.id2label))]
+            if len(labels) < 2 or config.problem_type not in (None, "single_label_classification"):
+                raise ValueError(f"{root} scores {len(labels)} labels independently; expected a choice of 2 or more")
         elif len(labels) < 2:
             raise ValueError(f"{root} has no head for {task}; give training data with labels")
         options = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}

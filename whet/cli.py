@@ -313,6 +313,7 @@ def _compress(args: argparse.Namespace) -> None:
         test=args.test,
         test_format=args.test_format or "",
         measure=not args.no_measure,
+        isa=args.isa or "host",
         progress=TerminalProgress(),
         log=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
     )
@@ -505,6 +506,12 @@ def _add_compress(sub: argparse.ArgumentParser) -> None:
         choices=_Names("whet.compress.recipe", "Budget"),
         help="whether each layer loses its share (layer, default), or the least needed does, of all blocks (global) "
         "or of the time that --sparsity in all layers would take (latency)",
+    )
+    sub.add_argument(
+        "--isa",
+        metavar="ISA",
+        choices=_Names("whet.schedules.isa", "ISAS", "host"),
+        help="instruction set whose kernels that time is counted for: %(choices)s; default host",
     )
     sub.add_argument(
         "--teacher",

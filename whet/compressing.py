@@ -32,7 +32,8 @@ from whet.runtime import Session, load
 from whet.runtime.cpu import cpu_model
 from whet.schedules.cost import estimate_cycles
 from whet.schedules.dense_spec import DenseSpec
-from whet.schedules.isa import TILE
+from whet.schedules.isa import TILE, Isa
+from whet.schedules.isa import isa as find_isa
 
 if TYPE_CHECKING:
     from whet.compress.data import Example
@@ -129,6 +130,7 @@ def compress(
     test: str | PathLike[str] | None = None,
     test_format: str = "",
     measure: bool = True,
+    isa: str = "host",
     progress: Progress | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> CompressionReport:
@@ -143,6 +145,7 @@ def compress(
         output: the folder to write; it must not exist.
         test: labelled data that neither training nor recipe has seen; default: the development data.
         test_format: of ``test``, by default told by its ending.
+        isa: instruction set whose kernels the budget of time counts.
         measure: compile the dense and the sparse model as fp32 and int8, score and time them.
         progress: told of every phase.
         log: gets a line for people at every evaluation.
@@ -164,7 +167,7 @@ def compress(
         raise
     progress = progress or Silent()
     if recipe.pruning.budget == "latency" and recipe.pruning.sparsity and not recipe.pruning.shares:
-        recipe = plan(recipe, progress)
+        recipe = plan(recipe, isa, progress)
     reports: list[CompressionReport] = []
     rows = _test_rows(recipe, test, test_format) if measure and test is not None else None
 
@@ -192,11 +195,11 @@ def compress(
     return reports[0]
 
 
-def plan(recipe: Recipe, progress: Progress | None = None) -> Recipe:
+def plan(recipe: Recipe, isa: str = "host", progress: Progress | None = None) -> Recipe:
     """Choose a sparsity for every layer: as fast as ``pruning.sparsity`` in all of them, by the compiler's cost model.
 
     What a layer loses at each sparsity is measured on calibration texts (:mod:`whet.compress.sensitivity`), the cycles
-    that its kernel takes are estimated for this CPU; the sum of the losses is least at that sum of cycles.
+    that its kernel takes are estimated for ``isa``; the sum of the losses is least at that sum of cycles.
 
     Returns:
         The recipe with ``pruning.shares``, which need no plan again.
@@ -209,14 +212,15 @@ def plan(recipe: Recipe, progress: Progress | None = None) -> Recipe:
     grid = sorted({*(round(0.05 * i, 2) for i in range(20)), pruning.sparsity})
     losses, shapes = sensitivity_of(recipe, grid, progress or Silent())
     rows = Block.parse(pruning.block).rows
-    cycles = {name: {s: _cycles(shapes[name], rows, 1 - s) for s in grid} for name in losses}
+    target = host_isa() if isa == "host" else find_isa(isa)
+    cycles = {name: {s: _cycles(shapes[name], rows, 1 - s, target) for s in grid} for name in losses}
     limit = sum(curve[pruning.sparsity] for curve in cycles.values())
     return replace(recipe, pruning=replace(pruning, shares=allocate(losses, cycles, limit)))
 
 
-def _cycles(shape: tuple[int, int], block_rows: int, density: float) -> float:
+def _cycles(shape: tuple[int, int], block_rows: int, density: float, isa: Isa) -> float:
     """Cycles of a layer, with the faster of the dense kernel and that of the blocks."""
-    isa, tiles = host_isa(), math.ceil(TYPICAL_TOKENS / TILE)
+    tiles = math.ceil(TYPICAL_TOKENS / TILE)
     dense = estimate_cycles(DenseSpec(*shape, "i8"), tiles, 1.0, isa)
     sparse = estimate_cycles(DenseSpec(*shape, "i8_sparse", block_rows), tiles, density, isa)
     return min(dense, max(sparse, density * dense))

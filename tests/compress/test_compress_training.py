@@ -113,6 +113,17 @@ def test_a_global_budget_is_shared_unevenly(tmp_path, texts):
     assert len(set(zero_blocks(tmp_path / "out"))) > 1
 
 
+@pytest.mark.parametrize("method", ["magnitude", "reconstruct"])
+def test_layers_may_have_sparsities_of_their_own(tmp_path, texts, method):
+    folder = make_sentence_encoder(tmp_path / "m")
+    shares = {"0.output.dense": 0.25, "1.attention.self.value": 0.0}
+    pruning = Pruning(method=method, sparsity=0.5, shares=shares, calibration=100)
+    go(Recipe(str(folder), "embedding", data=Data(train=(str(texts),)), pruning=pruning), tmp_path / "out")
+    dense = load(tmp_path / "out").dense
+    found = {name: 1 - float(Block(4).held(layer.weight).float().mean()) for name, layer in dense.items()}
+    assert found == {name: shares.get(name, 0.5) for name in dense}
+
+
 def test_a_locked_mask_survives_fine_tuning(tmp_path, texts, topics):
     folder = make_model(tmp_path / "m")
     pruned = tmp_path / "pruned"
@@ -192,6 +203,12 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, topics):
         go(replace(recipe, training=replace(recipe.training, learning_rate=1e30)), tmp_path / "out")
 
 
+def test_heads_that_are_no_choice_are_refused(tmp_path, topics):
+    model = make_model(tmp_path / "m", "ForSequenceClassification", labels=("score",))
+    with pytest.raises(ValueError, match="scores 1 labels independently; expected a choice"):
+        go(classifier(topics, model), tmp_path / "out")
+
+
 def test_teachers_that_do_not_fit_are_refused(tmp_path, topics):
     model = make_model(tmp_path / "m")
     with pytest.raises(ValueError, match="has no head for sequence_classification; fine-tune it first"):
@@ -213,10 +230,10 @@ def test_tags_and_answers_are_learned(tmp_path):
         data=Data(train=(str(tmp_path / "tags.jsonl"),)),
         pruning=Pruning(sparsity=0.5, calibration=100),
         distillation=Distillation(labels=1.0),
-        training=Training(steps=60, batch=16, learning_rate=2e-3),
+        training=Training(steps=150, batch=16, learning_rate=2e-3),
     )
     made = go(recipe, tmp_path / "tagger")
-    assert made.score > 0.85 and made.score_name == "tag accuracy"
+    assert made.score > 0.9 and made.score_name == "tag accuracy"
 
     def article(i, text, topic):
         first = text.split()[0]

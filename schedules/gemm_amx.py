@@ -53,10 +53,12 @@ def steps(spec: DenseSpec) -> int:
 def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
     """Two by two accumulator tiles: each operand loaded is used twice, which the load ports just keep up with.
 
+    After integers with an activation, two by one: the vector units, busy with it anyway, hide half as much at a time.
     A unit of parallel work costs a microsecond by itself, so it gets weights for at least 25 at 128 tokens.
     """
     rows = 2 * ROWS
-    return Blocking(rows=rows, tiles=2, chains=1, chunk=max(rows, UNIT_BYTES // (spec.words * WORD)))
+    tiles = 1 if spec.is_integer and spec.activation != "none" else 2
+    return Blocking(rows=rows, tiles=tiles, chains=1, chunk=max(rows, UNIT_BYTES // (spec.words * WORD)))
 
 
 def generate(name: str, spec: DenseSpec, isa: Isa, knobs: Blocking, weights: Weights) -> Any:

@@ -27,6 +27,10 @@ AUTO = {
 """The class of transformers that has the task's head."""
 
 
+LEFT_OUT = ("*.safetensors*", "*.bin", "*.onnx", "*.h5", "*.ot", "*.msgpack", "README.md", ".*")
+"""Files of a model's folder that are not of the one made from it."""
+
+
 @dataclass(frozen=True)
 class Family:
     """Where the parts of an encoder stand in its transformers model, from a layer on."""
@@ -114,12 +118,20 @@ class Encoder:
         return nn.functional.normalize(pooled.float(), dim=-1)
 
     def save(self, output: Path) -> None:
-        """Write a folder like the one this was loaded from, with these weights."""
-        ignore = shutil.ignore_patterns(
-            "*.safetensors*", "*.bin", "*.onnx", "*.h5", "*.ot", "*.msgpack", "README.md", ".*"
-        )
-        shutil.copytree(self.root, output, ignore=ignore, dirs_exist_ok=True)
-        self.model.save_pretrained(output / self.folder.relative_to(self.root))  # type: ignore[operator]
+        """Write a folder like the one this was loaded from, with these weights.
+
+        What sentence-transformers keeps beside the transformer is part of an embedding model only.
+        """
+        if self.task == "embedding":
+            shutil.copytree(self.root, output, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+            self.model.save_pretrained(output / self.folder.relative_to(self.root))  # type: ignore[operator]
+            return
+        output.mkdir(exist_ok=True)
+        left_out = shutil.ignore_patterns(*LEFT_OUT, "modules.json", "*sentence*.json")
+        files = {path.name for path in self.folder.iterdir() if path.is_file()}
+        for name in files - set(left_out(str(self.folder), sorted(files))):
+            shutil.copy(self.folder / name, output / name)
+        self.model.save_pretrained(output)  # type: ignore[operator]
 
 
 def load_encoder(folder: str | Path, task: Task, labels: Sequence[str] = ()) -> Encoder:

@@ -71,7 +71,9 @@ def classifier(topics, model, **more):
 
 def test_a_classifier_is_fine_tuned_then_pruned_and_distilled(tmp_path, topics):
     dense = tmp_path / "dense"
-    made = go(classifier(topics, make_model(tmp_path / "m")), dense)
+    made = go(classifier(topics, make_sentence_encoder(tmp_path / "m")), dense)
+    assert (dense / "tokenizer.json").is_file()
+    assert not (dense / "modules.json").exists(), "that would make it an embedding model again"
     assert made.score > 0.85 > made.before and made.sparsity == 0
     recipe = classifier(topics, dense, teacher=str(dense))
     pruning = Pruning(sparsity=0.8, calibration=200)

@@ -326,8 +326,8 @@ def _measure(
 ) -> tuple[Measured, ...]:
     """Compile, score and time the dense and the sparse model."""
     models = {"sparse" if recipe.pruning.sparsity else "fine-tuned": folder}
-    if has_head(recipe.model, recipe.task):
-        models = {"dense": Path(recipe.model), **models}
+    if recipe.teacher or has_head(recipe.model, recipe.task):
+        models = {"dense": Path(recipe.teacher or recipe.model), **models}
     pooling: Any = "mean" if recipe.task == "embedding" and not (folder / "modules.json").is_file() else None
     modules: dict[tuple[str, str], tuple[Report, Session, dict[str, float]]] = {}
     with TemporaryDirectory(prefix="whet-compress-") as scratch:

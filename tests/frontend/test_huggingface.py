@@ -548,7 +548,6 @@ def test_torch_is_not_needed():
     subprocess.run([sys.executable, "-c", f"{hide}; import whet.frontend.huggingface"], check=True)
 
 
-
 def test_every_family_has_references():
     families = Counter(name.partition("-")[0] for name in FOLDERS)
     assert set(FAMILIES) == set(families)

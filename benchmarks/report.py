@@ -205,6 +205,8 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
             axis.bar(left, bars, width, align="edge", label=name, color=f"C{i}")
         axis.axhline(1, color="black", linewidth=1)
         axis.set(title=f"{shape}, {zeros}", ylabel="times as long as Whet", xticks=range(len(ratios)))
+        axis.set_yscale("log", base=2)  # the slowest takes thousands of times as long
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xticklabels(list(ratios), fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

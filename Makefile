@@ -46,4 +46,4 @@ $(VENV)/.installed: pyproject.toml
 build/types/whet: Makefile whet $(wildcard whet/*)
 	rm -rf build/types && mkdir -p $@
 	ln -s $(addprefix $(CURDIR)/,$(wildcard whet/*)) $@/
-	for room in passes schedules frontend runtime tune compress; do ln -s $(CURDIR)/$$room $@/$$room; done
+	for room in passes schedules frontend runtime tune compress caching; do ln -s $(CURDIR)/$$room $@/$$room; done

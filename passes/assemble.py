@@ -12,8 +12,10 @@ do not overlap share it. A kernel runs in parallel only from the number of tiles
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, TypeAlias
 
 import tvm
@@ -33,6 +35,9 @@ READS_ALL_WEIGHTS = "whet.reads_all_weights"
 
 OVERWRITES = "whet.overwrites"
 """Attribute of a kernel: number of the parameter that its first output may lie over, element on element."""
+
+LIVE = "whet.live"
+"""Attribute of a kernel that writes sizes, as int32 to its last output: the unit of each other output's first one."""
 
 NANOSECONDS_PER_BYTE = 0.046
 """Time a core takes per tile for each byte of weights (int8: 16 multiply-adds at 350 G/s) or of results."""
@@ -62,6 +67,15 @@ class Assembled:
     workspace: Workspace
 
 
+@dataclass(frozen=True, eq=False)
+class _Left:
+    """What a kernel left of the batch: which number of ``live`` counts what, and by which variable types say so."""
+
+    live: Value
+    places: dict[Unit, int]
+    symbols: dict[Unit, tirx.Var]
+
+
 @dataclass
 class _Slot:
     """A stretch of the workspace that values use in turn; ``size`` is in bytes per unit."""
@@ -84,6 +98,10 @@ class _Assembly:
         self.weight_offsets = weight_offsets
         self.calls = [b for b in self.graph.bindings if isinstance(b.value, relax.Call)]
         self.result = self.value(self.graph.result)
+        self.units: dict[tirx.Var, Unit] = {self.inputs[0].ty.shape[0]: "tile", self.inputs[3].ty.shape[0]: "group"}
+        self.stages: dict[tirx.Var, _Left] = {}
+        for binding in self.calls:
+            self.note_what_is_left(binding)
         self.slots: list[_Slot] = []
         self.subroutines: dict[tuple[GlobalVar, bool], tuple[GlobalVar, tirx.PrimFunc]] = {}
 
@@ -104,8 +122,14 @@ class _Assembly:
             offsets = self.offsets(counts)
             for value, slot in slots.items():
                 pointers[value] = T.handle_add_byte_offset(scratch, offsets[id(slot)])
-            for binding in self.calls:
-                self.emit(binding, pointers, counts)
+            sizes = {symbol: counts[unit] for symbol, unit in self.units.items() if symbol not in self.stages}
+            lives = self.declare_lives(pointers)
+            for left, bindings in groupby(self.calls, self.stage_of):
+                with self.unless_all_left(lives, left):
+                    here = sizes | self.sizes_left(lives)
+                    tiles = here[left.symbols["tile"]] if left else counts["tile"]
+                    for binding in bindings:
+                        self.emit(binding, pointers, here, tiles)
         main = builder.get().with_attr("global_symbol", entry)
         functions = {GlobalVar(entry): main, **dict(self.subroutines.values())}
         sizes = {unit: sum(s.size for s in self.slots if s.unit == unit) for unit in ("tile", "group")}
@@ -126,7 +150,7 @@ class _Assembly:
         return var.ty.fields[index] if isinstance(var.ty, relax.TupleType) else var.ty
 
     def unit(self, ty: relax.TensorType) -> Unit:
-        return "tile" if ty.shape[0].same_as(self.inputs[0].ty.shape[0]) else "group"
+        return self.units[ty.shape[0]]
 
     def made(self, binding: relax.VarBinding) -> list[Value]:
         """The tensors that a kernel call writes."""
@@ -137,14 +161,63 @@ class _Assembly:
         """The tensors that a kernel call reads."""
         return [self.value(a) for a in binding.value.args[1].fields]
 
+    # What is left of the batch.
+
+    def note_what_is_left(self, binding: relax.VarBinding) -> None:
+        """Take in the sizes that a kernel decides on."""
+        units = self.module[binding.value.args[0]].attrs.get(LIVE)
+        if units is None:
+            return
+        *made, live = self.made(binding)
+        places: dict[Unit, int] = {str(unit): i for i, unit in enumerate(units)}  # type: ignore[misc]
+        symbols = {unit: self.type_of(made[i]).shape[0] for unit, i in places.items()}
+        left = _Left(live, places, symbols)
+        for unit, symbol in symbols.items():
+            self.units[symbol] = unit
+            self.stages[symbol] = left
+
+    def stage_of(self, binding: relax.VarBinding) -> _Left | None:
+        """What the batch was reduced to before the kernel runs; None if to nothing less."""
+        decides = LIVE in self.module[binding.value.args[0]].attrs
+        value = (self.read(binding) if decides else self.made(binding))[0]
+        return self.stages.get(self.type_of(value).shape[0])
+
+    def declare_lives(self, pointers: dict[Value, Any]) -> dict[Value, Any]:
+        """Buffers of the sizes that kernels decide on, all 0 at first."""
+        lives: dict[Value, Any] = {}
+        for left in self.stages.values():
+            if left.live not in lives:
+                lives[left.live] = buffer = T.alloc_buffer((len(left.places) + 1,), "int32")
+                pointers[left.live] = buffer.data
+                for i in range(len(left.places) + 1):
+                    T.buffer_store(buffer, T.int32(0), [i])
+        return lives
+
+    def sizes_left(self, lives: Mapping[Value, Any]) -> dict[tirx.Var, Any]:
+        """The sizes that kernels have decided on so far."""
+        return {
+            symbol: T.Bind(T.cast(lives[left.live][left.places[self.units[symbol]]], "int64"))
+            for symbol, left in self.stages.items()
+        }
+
+    @contextmanager
+    def unless_all_left(self, lives: Mapping[Value, Any], left: _Left | None) -> Iterator[None]:
+        """Emit what follows for the case that anything is left."""
+        if left is None:
+            yield
+            return
+        with T.If(lives[left.live][left.places["group"]] > 0), T.Then():
+            yield
+
     # Memory.
 
     def plan(self) -> dict[Value, _Slot]:
         """Give every value between two kernels a slot; a slot is free again after its value's last reader."""
         last = {value: i for i, binding in enumerate(self.calls) for value in self.read(binding)}
+        lives = {left.live for left in self.stages.values()}
         slots: dict[Value, _Slot] = {}
         for i, binding in enumerate(self.calls):
-            made = [value for value in self.made(binding) if value != self.result]
+            made = [value for value in self.made(binding) if value != self.result and value not in lives]
             over = self.overwritten(binding)
             if over not in slots or last[over] != i or self.made(binding)[0] == self.result:
                 over = None
@@ -192,16 +265,17 @@ class _Assembly:
 
     # Code.
 
-    def emit(self, binding: relax.VarBinding, pointers: Mapping[Value, Any], counts: Mapping[Unit, Any]) -> None:
+    def emit(
+        self, binding: relax.VarBinding, pointers: Mapping[Value, Any], counts: Mapping[tirx.Var, Any], tiles: Any
+    ) -> None:
         """Call a kernel: the addresses of its tensors, then the sizes it does not know."""
         kernel = binding.value.args[0]
         values = [*self.read(binding), *self.made(binding)]
         sizes: dict[tirx.Var, Any] = {}
         for parameter, value in zip(self.module[kernel].params, values, strict=True):
-            ty = self.type_of(value)
-            for wanted, given in zip(parameter.ty.shape, shape_of_type(ty), strict=True):
-                if isinstance(wanted, tirx.Var):
-                    sizes[wanted] = tirx.const(given, "int64") if isinstance(given, int) else counts[self.unit(ty)]
+            for wanted, given in zip(parameter.ty.shape, shape_of_type(self.type_of(value)), strict=True):
+                if isinstance(wanted, tirx.Var) and wanted not in sizes:
+                    sizes[wanted] = tirx.const(given, "int64") if isinstance(given, int) else counts[given]
         arguments = [*(pointers[v] for v in values), *(sizes[s] for s in _symbols(self.module[kernel]))]
 
         def call(parallel: bool) -> None:
@@ -211,7 +285,7 @@ class _Assembly:
         if least <= 1:
             call(parallel=True)
             return
-        with T.If(counts["tile"] < least):
+        with T.If(tiles < least):
             with T.Then():
                 call(parallel=False)
             with T.Else():

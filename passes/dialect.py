@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypeAlias, get_args
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 from tvm.ir import Op
 from tvm.ir import _ffi_api as ir_ffi
 
@@ -47,7 +47,7 @@ def _call(op: Op, args: list[relax.Expr], **attrs: Any) -> relax.Call:
 
 def shape_of(value: relax.Expr) -> list[Any]:
     """Dimensions of a tensor value: Python ints where they are known, TIR expressions elsewhere."""
-    return [int(d) if isinstance(d, tvm.tirx.IntImm) else d for d in value.ty.shape]
+    return [int(d) if isinstance(d, tirx.IntImm) else d for d in value.ty.shape]
 
 
 def _tiles(first: Any, channels: Any) -> relax.TensorType:
@@ -82,6 +82,14 @@ def _infer_pool(call: relax.Call, _: Any) -> relax.TensorType:
     return _tiles(shape_of(call.args[1])[0], shape_of(call.args[0])[1])
 
 
+def _infer_stay(call: relax.Call, _: Any) -> relax.TensorType:
+    return relax.TensorType((call.attrs["groups"], TILE, 2), "int32")
+
+
+def _infer_move(call: relax.Call, _: Any) -> relax.TensorType:
+    return _tiles(call.attrs["tiles"], shape_of(call.args[0])[1])
+
+
 def _infer_quantized_weight(call: relax.Call, _: Any) -> relax.TensorType:
     return relax.TensorType(call.args[0].ty.shape, "float32")
 
@@ -96,6 +104,9 @@ ACTIVATE = _register("activate", 1, _infer_same)
 ADD = _register("add", 2, _infer_same)
 POOL = _register("pool", 2, _infer_pool)
 NORMALIZE = _register("normalize", 1, _infer_same)
+STAY = _register("stay", 3, _infer_stay)
+MOVE = _register("move", 2, _infer_move)
+SETTLE = _register("settle", -1, _infer_same)
 QUANTIZED_WEIGHT = _register("quantized_weight", 2, _infer_quantized_weight)
 
 
@@ -186,6 +197,33 @@ def pool(x: relax.Expr, segments: relax.Expr, *, mode: Pooling) -> relax.Call:
 def normalize(x: relax.Expr) -> relax.Call:
     """Divide each column by its Euclidean norm (at least 1e-12); tiles to tiles."""
     return _call(NORMALIZE, [x])
+
+
+def stay(logits: relax.Expr, segments: relax.Expr, threshold: relax.Expr) -> relax.Call:
+    """Segments of the requests whose largest softmax probability is below ``threshold`` ``(1,)``, now side by side.
+
+    Logits are tiles per request ``(g, C, 16)``. How many requests and tokens stay is not known before: attributes of
+    the call name both numbers, ``groups`` and ``tiles``. Segments that ``stay`` made also say which requests these are.
+    """
+    return _call(
+        STAY, [logits, segments, threshold], groups=tirx.Var("groups", "int64"), tiles=tirx.Var("tiles", "int64")
+    )
+
+
+def move(x: relax.Expr, segments: relax.Expr, *, tiles: tirx.Var) -> relax.Call:
+    """Tokens of ``x`` at the places that they have in ``segments``, which ``stay`` made and whose ``tiles`` these are.
+
+    Between the segments that ``x`` has and these there is no other ``stay``.
+    """
+    return _call(MOVE, [x, segments], tiles=tiles)
+
+
+def settle(logits: relax.Expr, *later: relax.Expr) -> relax.Call:
+    """The last answer that each request got: the logits ``(g, C, 16)`` of all, then of some, and their segments.
+
+    ``later`` are logits and the segments, made by ``stay``, in turn.
+    """
+    return _call(SETTLE, [logits, *later])
 
 
 def quantized_weight(values: relax.Expr, scale: relax.Expr) -> relax.Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -83,6 +84,18 @@ def weight_of(graph: Graph, weight: relax.Expr) -> np.ndarray[Any, Any]:
 def is_per_token(graph: Graph, value: relax.Expr) -> bool:
     """Whether a value has a column per token (else it has one per request)."""
     return bool(value.ty.shape[0].same_as(graph.params[0].ty.shape[0]))
+
+
+def digest_of(module: IRModule) -> str:
+    """SHA-256 of all constants, in order, with their shapes and dtypes: whether two models have the same weights."""
+    digest = hashlib.sha256()
+    for binding in Graph(module).bindings:
+        for value in [binding.value, *arguments(binding.value)]:
+            if isinstance(value, GenericConst):
+                array = np.ascontiguousarray(value.value.numpy())
+                digest.update(f"{array.dtype} {array.shape} ".encode())
+                digest.update(array.data)
+    return digest.hexdigest()
 
 
 def rewrite(module: IRModule, visit: Visit) -> IRModule:

@@ -55,6 +55,15 @@ def pack_requests(ids_list: Sequence[Ids], token_types: Sequence[Ids] | None = N
     return Packed(ids, positions, types, [(int(s), n) for s, n in zip(starts, lengths, strict=True)])
 
 
+class Staying(list[tuple[int, int]]):
+    """The ``(start, length)`` of requests that did not leave; ``requests`` are their numbers, ``tokens`` their rows."""
+
+    def __init__(self, lengths: Sequence[int], requests: Ids, tokens: Ids) -> None:
+        super().__init__(zip(np.cumsum([0, *lengths])[:-1].tolist(), lengths, strict=True))
+        self.requests = requests
+        self.tokens = tokens
+
+
 def interpret(
     module: tvm.IRModule,
     ids_list: Sequence[Ids],
@@ -305,11 +314,32 @@ def _normalize(x: Rows) -> Rows:
     return x / norm
 
 
+def _stay(logits: Rows, segments: list[tuple[int, int]], threshold: Rows, **_sizes: Any) -> Staying:
+    exps = np.exp(logits - logits.max(axis=1, keepdims=True))
+    staying = np.flatnonzero(exps.sum(axis=1) * threshold[0] > 1)
+    numbers = segments.requests if isinstance(segments, Staying) else np.arange(len(segments))
+    spans = [segments[i] for i in staying]
+    tokens = [np.arange(start, start + length) for start, length in spans]
+    return Staying([length for _, length in spans], numbers[staying], np.concatenate([*tokens, np.empty(0, np.int64)]))
+
+
+def _move(x: Rows, segments: Staying, **_sizes: Any) -> Rows:
+    moved: Rows = x[segments.tokens.astype(np.int64)]
+    return moved
+
+
+def _settle(logits: Rows, *later: Any) -> Rows:
+    out = logits.copy()
+    for some, segments in zip(later[::2], later[1::2], strict=True):
+        out[segments.requests] = some
+    return out
+
+
 def _quantized_weight(values: npt.NDArray[np.int8], scale: Rows) -> Rows:
     return values.astype(np.float32) * scale[:, None]
 
 
-_OPS: dict[str, Callable[..., Rows]] = {
+_OPS: dict[str, Callable[..., Any]] = {
     "embed": _embed,
     "dense": _dense,
     "layer_norm": _layer_norm,
@@ -320,5 +350,8 @@ _OPS: dict[str, Callable[..., Rows]] = {
     "add": _add,
     "pool": _pool,
     "normalize": _normalize,
+    "stay": _stay,
+    "move": _move,
+    "settle": _settle,
     "quantized_weight": _quantized_weight,
 }

@@ -20,6 +20,7 @@ from tvm import IRModule, relax, tirx
 from whet.schedules.attention import AttentionSpec, attention
 from whet.schedules.bfloat16 import to_bits
 from whet.schedules.dense import BLOCKS, DenseSpec, Output, Weight, dense
+from whet.schedules.early_exit import MoveSpec, SettleSpec, StaySpec, move, settle, stay
 from whet.schedules.elementwise import ActivateSpec, AddSpec, Quantization, QuantizeSpec, elementwise
 from whet.schedules.embed import EmbedSpec, embed
 from whet.schedules.isa import Isa
@@ -27,13 +28,14 @@ from whet.schedules.layer_norm import LayerNormSpec, layer_norm
 from whet.schedules.pool import NormalizeSpec, PoolSpec, normalize, pool
 
 from . import dialect
-from .assemble import OVERWRITES, READS_ALL_WEIGHTS
+from .assemble import LIVE, OVERWRITES, READS_ALL_WEIGHTS
 from .choose_kernels import block_density
 from .dialect import TILE, shape_of
 from .graph import Graph, attributes, is_call, weight_of
 
 Array: TypeAlias = np.ndarray[Any, Any]
-Form: TypeAlias = Literal["tiles", "pairs", "quads", "dynamic", "heads"]
+Form: TypeAlias = Literal["tiles", "pairs", "quads", "dynamic", "heads", "requests", "sources"]
+"""``requests`` and ``sources`` are what ``stay`` makes beside segments, see ``StaySpec``."""
 Tuned: TypeAlias = Callable[[DenseSpec | AttentionSpec, Isa, float], Any]
 """Asked once for every use of a kernel that has knobs, with the share of its blocks that hold anything (1 if it is not
 sparse): returns the knobs to generate it with, or None for its defaults."""
@@ -90,6 +92,7 @@ class _Lowering:
         self.builder = relax.BlockBuilder()
         self.demands = _demands(graph)
         self.forms: dict[tuple[relax.Var, Form], tuple[relax.Expr, ...]] = {}
+        self.counts: dict[tirx.Var, tirx.Var] = {}
         self.weights: list[tuple[str, Array]] = []
         self.weight_vars: list[relax.Var] = []
         self.kernels: dict[Hashable, Any] = {}
@@ -102,6 +105,7 @@ class _Lowering:
         inputs = [relax.Var(n, relax.TensorType(s, "int32")) for n, s in zip(names, shapes, strict=True)]
         for old, new in zip(self.graph.params, inputs, strict=True):
             self.forms[old, "tiles"] = (new,)
+            self.counts[old.ty.shape[0]] = new.ty.shape[0]
         with self.builder.function("main"):
             with self.builder.dataflow():
                 for binding in self.graph.bindings:
@@ -305,6 +309,43 @@ class _Lowering:
             self.builder.emit(relax.op.concat([self.tiles(a) for a in call.args], axis=1), name_hint=var.name),
         )
 
+    def lower_stay(self, var: relax.Var, call: relax.Call) -> None:
+        logits, segments, threshold = call.args
+        source = self.graph.source(segments)
+        requests = self.forms.get((source, "requests"), ())
+        spec = StaySpec(shape_of(logits)[1], numbered=bool(requests))
+        groups, tiles = (attributes(call)[unit] for unit in ("groups", "tiles"))
+        types = [
+            relax.TensorType((groups, TILE, 2), "int32"),
+            relax.TensorType((groups, TILE), "int32"),
+            relax.TensorType((tiles, TILE), "int32"),
+            relax.TensorType((3,), "int32"),
+        ]
+        inputs = [self.tiles(logits), self.tiles(source), *requests]
+        made = self.call("stay", spec, _stay_live, inputs, [self.graph.constant(threshold)], types, var.name)
+        self.forms[var, "tiles"] = made[:1]
+        self.forms[var, "requests"] = made[1:2]
+        self.forms[var, "sources"] = made[2:3]
+
+    def lower_move(self, var: relax.Var, call: relax.Call) -> None:
+        form = self.demands[var].rounded
+        x, segments = (self.graph.source(a) for a in call.args)
+        channels = shape_of(var)[1]
+        inputs = [*self.forms[segments, "sources"], self.tiles(x), *(self.forms[x, form] if form else ())]
+        types = [self.tiles_type(var), *self.rounded_types(var, channels, form)]
+        made = self.call("move", MoveSpec(channels, MADE[form] if form else "none"), move, inputs, [], types, var.name)
+        self.forms[var, "tiles"] = made[:1]
+        if form:
+            self.forms[var, form] = made[1:]
+
+    def lower_settle(self, var: relax.Var, call: relax.Call) -> None:
+        first, *later = call.args
+        inputs = [self.tiles(first)]
+        for logits, segments in zip(later[::2], later[1::2], strict=True):
+            inputs += [self.tiles(logits), *self.forms[self.graph.source(segments), "requests"]]
+        spec = SettleSpec(shape_of(var)[1], len(later) // 2)
+        self.forms[var, "tiles"] = self.call("settle", spec, settle, inputs, [], [self.tiles_type(var)], var.name)
+
     def simple(self, var: relax.Var, name: str, key: Hashable, generator: Any, args: list[relax.Expr]) -> None:
         """A kernel from tiles to tiles; what else is wanted is made after it."""
         inputs = [self.tiles(a) for a in args]
@@ -330,9 +371,9 @@ class _Lowering:
         return self.forms[self.graph.source(value), "tiles"][0]
 
     def first(self, var: relax.Var) -> Any:
-        """The tile count of a value (tokens) or its group count (requests), in the new function."""
-        reference = self.graph.params[0 if var.ty.shape[0].same_as(self.graph.params[0].ty.shape[0]) else 3]
-        return self.tiles(reference).ty.shape[0]
+        """The number of tiles (or of groups, for a value per request) of a value, in the new function."""
+        count = var.ty.shape[0]
+        return self.counts.get(count, count)
 
     def tiles_type(self, var: relax.Var) -> relax.TensorType:
         return relax.TensorType((self.first(var), shape_of(var)[1], TILE), "float32")
@@ -408,6 +449,10 @@ def _layer_norm_in_place(spec: LayerNormSpec, isa: Isa) -> tirx.PrimFunc:
     return layer_norm(spec, isa).with_attr(OVERWRITES, 0)
 
 
+def _stay_live(spec: StaySpec, isa: Isa) -> tirx.PrimFunc:
+    return stay(spec, isa).with_attr(LIVE, ["group", "group", "tile"])
+
+
 def _kernel_name(spec: DenseSpec) -> str:
     block = f"_{spec.block_rows}x{spec.block_columns}" if spec.weight in BLOCKS else ""
     return f"dense_{spec.weight}{block}_{spec.out_features}x{spec.in_features}_{spec.output}"
@@ -455,4 +500,9 @@ def _demands(graph: Graph) -> dict[relax.Var, Demand]:
                 if isinstance(argument, relax.Var):
                     want(argument, "tiles")
     want(graph.result, "tiles")
+    for binding in reversed(graph.bindings):
+        if is_call(binding.value, dialect.MOVE):
+            moved = demands[binding.var]
+            for form in moved.forms:
+                want(binding.value.args[0], form, moved.scale, moved.zero)
     return demands

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tvm import IRModule
@@ -14,14 +14,19 @@ from whet.progress import Progress
 from whet.schedules.isa import Isa
 
 from .choose_kernels import TYPICAL_TOKENS, Choice, choose_kernels
+from .freeze_layers import freeze_layers
 from .fuse_activations import fuse_activations
 from .fuse_qkv import fuse_qkv
 from .fuse_residuals import fuse_residuals
 from .lower import Lowered, Tuned, lower, untuned
 from .pad_heads import pad_heads
+from .probe_layers import probe_layers
 from .prune_blocks import prune_blocks
 from .quantise import QuantisationConfig, quantise
 from .round_to_bf16 import round_to_bf16
+
+if TYPE_CHECKING:
+    from whet.caching.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class Options:
     tokens: int = TYPICAL_TOKENS
     """Of a call, for which kernels are chosen."""
     dump_ir: Path | None = None
+    freeze: tuple[Cache, ...] = ()
+    """Where requests may leave early."""
+    probe: bool = False
+    """Let the module show its hidden states, for caches to be fitted to."""
     tuned: Tuned = untuned
     """Where kernels get their knobs from."""
 
@@ -94,6 +103,16 @@ def run_pipeline(
             for i, isa in enumerate(options.isas):
                 modules[i], choices[i] = choose_kernels(module, isa, options.tokens)
                 dump(modules[i], f"choose_kernels_{isa.name}")
+
+    if options.freeze:
+        with progress.phase("5 insert caches"):
+            for i, isa in enumerate(options.isas):
+                modules[i] = freeze_layers(modules[i], options.freeze)
+                dump(modules[i], f"freeze_layers_{isa.name}")
+
+    if options.probe:
+        with progress.phase("5 show hidden states"):
+            modules = [probe_layers(module) for module in modules]
 
     compiled = []
     with progress.phase("5 lower to kernels"):

@@ -23,6 +23,7 @@ FORBIDDEN = {
         "whet.compressing",
         "transformers",
     ),
+    "caching": ("tvm", "torch", "transformers", "whet.frontend", "whet.passes", "whet.schedules", "whet.compiler"),
     "runtime": ("tvm", "torch", "transformers", "whet.frontend", "whet.passes", "whet.schedules", "whet.compiler"),
 }
 

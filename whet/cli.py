@@ -75,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = list(sys.argv[1:] if args is None else args)
-        if " ".join(args[:2]) in ("tune report", "tune merge", "tune worker"):
+        if " ".join(args[:2]) in ("tune report", "tune merge", "tune worker", "freeze fit", "freeze inspect"):
             args[:2] = [" ".join(args[:2])]
         return super().parse_known_args(args, namespace)
 
@@ -124,7 +124,7 @@ def _message(error: Exception) -> str:
 def _compile(args: argparse.Namespace) -> None:
     import whet  # noqa: PLC0415 -- here and below: a command imports what it needs
 
-    options = _given(args, *_SOURCE, "precision", "isa", "max_length", "dump_ir", "records")
+    options = _given(args, *_SOURCE, "precision", "isa", "max_length", "dump_ir", "records", "freeze")
     if settings := _given(args, "calibration_method", "activations"):
         given = {name.removeprefix("calibration_"): value for name, value in settings.items()}
         options["quantisation"] = whet.QuantisationConfig(**given)
@@ -276,6 +276,29 @@ def _tune(args: argparse.Namespace) -> None:
     _print(tune(args.model, args.records, progress=TerminalProgress(), **options), args.json)
 
 
+def _freeze_fit(args: argparse.Namespace) -> None:
+    from whet.freezing import fit  # noqa: PLC0415
+
+    options = _given(args, "precision", "budget", "tokenizer", "task")
+    if args.calibration is not None:
+        options["calibration"] = read_texts(args.calibration, pairs=True)
+    if args.held_out is not None:
+        options["held_out"] = _requests_of(args.held_out, args.format)
+    data = _requests_of(args.data, args.format)
+    _print(fit(args.model, args.output, data, progress=TerminalProgress(), **options), args.json)
+
+
+def _requests_of(path: str, format: str | None) -> list[Any]:
+    """Rows of labelled data; without a format, texts, one per line."""
+    return list(read_dataset(path, format).rows) if format else list(read_texts(path, pairs=True))
+
+
+def _freeze_inspect(args: argparse.Namespace) -> None:
+    from whet.freezing import inspect  # noqa: PLC0415
+
+    _print(inspect(args.file), args.json)
+
+
 def _tune_report(args: argparse.Namespace) -> None:
     from whet.tune.report import report  # noqa: PLC0415
 
@@ -353,6 +376,9 @@ def _parser() -> argparse.ArgumentParser:
         command("tune", _tune, "search the best settings of a model's kernels on this CPU, for compile --records")
     )
     _add_compress(command("compress", _compress, "make a block-sparse model of a dense one: prune, distil, measure"))
+    _add_freeze_fit(command("freeze fit", _freeze_fit, "fit caches at which a classifier's requests may leave early"))
+    sub = command("freeze inspect", _freeze_inspect, "show who leaves where, and how right they are")
+    sub.add_argument("file", metavar="FILE.freeze", help="file that whet freeze fit wrote")
     sub = command("tune report", _tune_report, "show what tuning gained, kernel by kernel")
     sub.add_argument("records", metavar="DIR", help="folder that whet tune wrote")
     sub.add_argument("--picture", metavar="FILE.svg", help="draw it as well")
@@ -390,6 +416,11 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder that whet tune wrote: use the settings that it found; one file of it: those for that type of CPU",
     )
+    sub.add_argument(
+        "--freeze",
+        metavar="FILE.freeze",
+        help="file that whet freeze fit wrote for this model: requests that its caches recognise leave early",
+    )
     quantisation = sub.add_argument_group("int8")
     quantisation.add_argument(
         "--calibration",
@@ -406,6 +437,32 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
     _add_activations(quantisation)
     sub.add_argument("--explain", action="store_true", help="print the decision for every layer")
     sub.add_argument("--dump-ir", metavar="DIR", help="write the graph after each pass, for people who work on Whet")
+
+
+def _add_freeze_fit(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", help="Hugging Face folder or .onnx file of a sequence classifier")
+    sub.add_argument("-o", "--output", metavar="FILE.freeze", required=True, help="the file to write")
+    sub.add_argument("--data", metavar="FILE", required=True, help="requests to learn from, as --format says")
+    sub.add_argument(
+        "--held-out", metavar="FILE", help="requests to choose layers and thresholds on; default: a fifth of --data"
+    )
+    sub.add_argument(
+        "--format",
+        choices=["csv", "sst2"],
+        help="CSV with text,label or text_a,text_b,label, or SST-2 as published; default: a text per line, whose right "
+        "answer is the model's own",
+    )
+    sub.add_argument(
+        "--budget", metavar="SHARE", type=float, help="most accuracy to lose, of all requests; default 0.005"
+    )
+    sub.add_argument(
+        "--precision",
+        metavar="PRECISION",
+        choices=_Names("whet.compiler", "Precision"),
+        help="that the model will be compiled with: %(choices)s; default int8",
+    )
+    for name in ("--calibration", "--tokenizer", "--task"):
+        sub.add_argument(name, metavar=name[2:].upper(), help="as for compile")
 
 
 def _add_tune(sub: argparse.ArgumentParser) -> None:

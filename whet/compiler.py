@@ -12,7 +12,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import tvm
@@ -26,6 +26,7 @@ from whet.link import Blob, find_compiler, write_module
 from whet.passes.assemble import assemble
 from whet.passes.choose_kernels import TYPICAL_TOKENS, Choice
 from whet.passes.dialect import Pooling, shape_of
+from whet.passes.graph import digest_of
 from whet.passes.pipeline import Compiled, Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
 from whet.passes.round_to_bf16 import SPARSE, share_of_zeros
@@ -33,6 +34,9 @@ from whet.progress import Progress, Silent
 from whet.runtime.metadata import Metadata, Output, Weight
 from whet.schedules.isa import BF16_ISAS, ISAS, Isa
 from whet.tune.records import TunedKnobs
+
+if TYPE_CHECKING:
+    from whet.caching.cache import Cache
 
 Precision: TypeAlias = Literal["int8", "bf16", "fp32"]
 Text: TypeAlias = "str | tuple[str, str]"
@@ -95,6 +99,8 @@ def compile(
     max_length: int | None = None,
     dump_ir: str | PathLike[str] | None = None,
     records: str | PathLike[str] | None = None,
+    freeze: str | PathLike[str] | None = None,
+    probe: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Compile a transformer encoder to one loadable ``.so``.
@@ -118,6 +124,8 @@ def compile(
         dump_ir: folder for the module after each pass.
         records: folder that ``whet tune`` wrote, or one file of it, which is for one type of CPU: kernels take the
             settings that it found best. Those that it does not know take settings that ship with Whet for this CPU.
+        freeze: file that ``whet freeze fit`` wrote for this model: requests that its caches recognise leave early.
+        probe: let the module return what its layers know of each request instead, which caches are fitted to.
         progress: told of every phase.
 
     Returns:
@@ -149,6 +157,9 @@ def compile(
         if len(targets) > 1:
             targets = [ISAS["avx2"]]
             notes += ("Several instruction sets need a recognised encoder: this is for avx2, which all of them have.",)
+    caches = _caches(model, freeze, precision, sparsity)
+    if caches:
+        notes += (f"Requests may leave early, after layers {', '.join(str(cache.layer) for cache in caches)}.",)
     weights = Blob()
     describe = partial(_metadata, model, notes, precision, limit)
     if model.dialect:
@@ -163,6 +174,8 @@ def compile(
             tokens=tokens,
             dump_ir=Path(dump_ir) if dump_ir is not None else None,
             tuned=tuned,
+            freeze=caches,
+            probe=probe,
         )
         compiled = run_pipeline(model.module, options, requests, token_types, clock)
         layers = [tuple(variant.choices) for variant in compiled]
@@ -297,6 +310,38 @@ def length_limit(model: Model, max_length: int | None) -> int:
     if not 2 <= max_length <= model.max_length:
         raise ValueError(f"max_length is {max_length}; expected 2 to {model.max_length}, the limit of {model.name}")
     return max_length
+
+
+def _caches(
+    model: Model, freeze: str | PathLike[str] | None, precision: Precision, sparsity: float
+) -> tuple[Cache, ...]:
+    """The caches of a freeze file, once it is sure that they are for this model."""
+    if freeze is None:
+        return ()
+    if sparsity:
+        raise ValueError(
+            f"sparsity is {sparsity}, but {fspath(freeze)} is for the weights as they are; leave one of them out, or "
+            "prune with whet compress first"
+        )
+    from whet.caching import file  # noqa: PLC0415 - few modules have caches
+
+    frozen = file.load(freeze)
+    check_can_freeze(model)
+    frozen.check(freeze, digest_of(model.module), precision)
+    return frozen.caches
+
+
+def check_can_freeze(model: Model) -> None:
+    """Raise ValueError unless requests of the model can leave early."""
+    if not model.dialect:
+        raise ValueError(f"freezing needs a recognised encoder; {model.name} runs as plain operators")
+    outputs = shape_of(model.module["main"].body)[1]
+    if model.task != "sequence_classification" or model.multi_label or outputs < 2:
+        kind = f"multi-label {model.task}" if model.multi_label else model.task
+        raise ValueError(
+            f"freezing is for sequence classification, so far, with classes of which one is right; {model.name} is "
+            f"{kind} with {outputs} outputs per text or token"
+        )
 
 
 def _requests(model: Model, texts: Sequence[Text] | None, limit: int) -> tuple[Requests, Requests]:

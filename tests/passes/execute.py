@@ -14,7 +14,7 @@ from whet.passes.dialect import TILE
 from whet.passes.lower import Lowered
 from whet.schedules.isa import Isa
 
-Program = Callable[[list[np.ndarray], bool], np.ndarray]
+Program = Callable[..., np.ndarray]
 
 
 def aligned(array: np.ndarray) -> tvm_ffi.Tensor:
@@ -32,15 +32,23 @@ def run(lowered: Lowered, isa: Isa, requests: list[np.ndarray], per_request: boo
 
 
 def program(lowered: Lowered, isa: Isa) -> Program:
-    """Compile once; what it returns packs requests and runs them, as often as it is called."""
+    """Compile once; what it returns packs requests and runs them, as often as it is called.
+
+    Further arguments of that give weights other numbers, by the start of their names.
+    """
     weights = Blob()
-    assembled = assemble(lowered.module, [weights.add(*named).offset for named in lowered.weights])
-    blob = np.frombuffer(b"".join(weights.pieces()), np.uint8)
+    table = {name: weights.add(name, array) for name, array in lowered.weights}
+    assembled = assemble(lowered.module, [weight.offset for weight in table.values()])
+    original = np.frombuffer(b"".join(weights.pieces()), np.uint8)
     executable = generate_code(assembled.module, isa)
     channels = int(lowered.module["main"].ret_ty.shape[1])
 
-    def answer(requests: list[np.ndarray], per_request: bool) -> np.ndarray:
+    def answer(requests: list[np.ndarray], per_request: bool, **changed: float) -> np.ndarray:
         inputs = pack(requests)
+        blob = original.copy()
+        for start, number in changed.items():
+            (offset,) = (w.offset for name, w in table.items() if name.startswith(start))
+            blob[offset : offset + 4].view(np.float32)[0] = number
         tiles, groups = inputs[0].shape[0], inputs[3].shape[0]
         size = tiles * assembled.workspace.per_tile + groups * assembled.workspace.per_group
         workspace = np.full(size + 1, 0xA5, np.uint8)  # what is read before it is written shows

@@ -1,0 +1,1 @@
+"""Caches of what a network computed: learned ones after its layers answer requests that they recognise."""

@@ -1,0 +1,102 @@
+"""The freeze file: caches of one model, versioned; a NumPy archive without pickles, whose parts have checksums.
+
+``header`` is JSON as bytes, ``weight`` is float32 ``(caches, labels, channels)``, ``bias`` ``(caches, labels)``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from whet.caching.cache import Cache
+
+FORMAT = 1
+_KIND = "whet freeze"
+
+
+class FreezeError(ValueError):
+    """A freeze file can't be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Freeze:
+    """Caches and the model that they are for."""
+
+    model: str
+    """Its name, for people."""
+    weights: str
+    """SHA-256 of its weights, hexadecimal."""
+    precision: str
+    """That of the module whose hidden states the caches were fitted to."""
+    caches: tuple[Cache, ...]
+    fitted: dict[str, Any]
+    """What fitting measured, for people."""
+
+    def check(self, path: str | PathLike[str], weights: str, precision: str) -> None:
+        """Raise FreezeError unless this is for a model of these weights in this precision."""
+        if weights != self.weights:
+            raise FreezeError(
+                f"{path} is for the model {self.model} with other weights than these; fit it again: whet freeze fit"
+            )
+        if precision != self.precision:
+            raise FreezeError(
+                f"{path} was fitted to {self.precision}, the precision is {precision}; compile with precision "
+                f"{self.precision}, or fit it again"
+            )
+
+
+def save(freeze: Freeze, path: str | PathLike[str]) -> None:
+    """Write the file; it appears only when it is complete. Raises FileNotFoundError where its folder is absent."""
+    path = Path(path)
+    header = {"kind": _KIND, "format": FORMAT, **{k: v for k, v in asdict(freeze).items() if k != "caches"}}
+    header["caches"] = [{"layer": c.layer, "threshold": c.threshold} for c in freeze.caches]
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            np.savez(
+                file,
+                header=np.frombuffer(json.dumps(header).encode(), np.uint8),
+                weight=np.array([c.weight for c in freeze.caches], np.float32),
+                bias=np.array([c.bias for c in freeze.caches], np.float32),
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | PathLike[str]) -> Freeze:
+    """Read a file. Raises FreezeError where it is damaged or of another kind or version, and FileNotFoundError."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            header = json.loads(archive["header"].tobytes())
+            weight, bias = archive["weight"], archive["bias"]
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise FreezeError(
+            f"{path} is damaged or no freeze file ({type(error).__name__}: {error}); fit it again: whet freeze fit"
+        ) from error
+    if not isinstance(header, dict) or header.get("kind") != _KIND:
+        raise FreezeError(f"{path} is no freeze file; make one: whet freeze fit")
+    if header.get("format") != FORMAT:
+        raise FreezeError(
+            f"{path} has format {header.get('format')!r}, this whet reads format {FORMAT}; fit it again: "
+            "whet freeze fit"
+        )
+    try:
+        caches = tuple(
+            Cache(int(c["layer"]), w, b, float(c["threshold"]))
+            for c, w, b in zip(header["caches"], weight, bias, strict=True)
+        )
+        return Freeze(header["model"], header["weights"], header["precision"], caches, header["fitted"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FreezeError(f"{path} is malformed ({error}); fit it again: whet freeze fit") from error

@@ -1,0 +1,86 @@
+"""The freeze file: what is written is read; what is damaged, foreign or stale is refused by name."""
+
+import json
+
+import numpy as np
+import pytest
+
+from whet.caching.cache import Cache
+from whet.caching.file import Freeze, FreezeError, load, save
+
+
+def example():
+    rng = np.random.default_rng(0)
+    caches = tuple(
+        Cache(layer, rng.normal(size=(3, 8)).astype("float32"), rng.normal(size=3).astype("float32"), 0.5 + layer / 10)
+        for layer in (1, 3)
+    )
+    return Freeze("bank", "ab12", "int8", caches, {"accuracy": 0.9})
+
+
+@pytest.fixture
+def path(tmp_path):
+    save(example(), tmp_path / "a.freeze")
+    return tmp_path / "a.freeze"
+
+
+def test_round_trip(path):
+    found, wanted = load(path), example()
+    assert (found.model, found.weights, found.precision, found.fitted) == ("bank", "ab12", "int8", {"accuracy": 0.9})
+    for a, b in zip(found.caches, wanted.caches, strict=True):
+        assert (a.layer, a.threshold) == (b.layer, b.threshold)
+        np.testing.assert_array_equal(a.weight, b.weight)
+        np.testing.assert_array_equal(a.bias, b.bias)
+    assert [p.name for p in path.parent.iterdir()] == ["a.freeze"]
+
+
+def test_no_caches(tmp_path):
+    save(Freeze("bank", "ab12", "int8", (), {}), tmp_path / "none.freeze")
+    assert load(tmp_path / "none.freeze").caches == ()
+
+
+def test_every_damaged_byte_of_the_weights_is_seen(path):
+    whole = path.read_bytes()
+    start = whole.index(example().caches[0].weight.tobytes())
+    for position in (start, start + 50):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(FreezeError, match=r"a.freeze is damaged"):
+            load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"nothing of the kind", None])
+def test_other_files_are_refused(path, content):
+    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
+    with pytest.raises(FreezeError, match=r"a.freeze is damaged or no freeze file"):
+        load(path)
+
+
+def test_an_archive_of_something_else_is_refused(path):
+    with path.open("wb") as file:
+        np.savez(file, header=np.frombuffer(b'{"kind": "other"}', "uint8"), weight=np.zeros(1), bias=np.zeros(1))
+    with pytest.raises(FreezeError, match="is no freeze file"):
+        load(path)
+
+
+def test_another_version_is_refused(path):
+    with np.load(path) as archive:
+        parts = dict(archive)
+    header = json.loads(parts["header"].tobytes()) | {"format": 2}
+    parts["header"] = np.frombuffer(json.dumps(header).encode(), "uint8")
+    with path.open("wb") as file:
+        np.savez(file, **parts)
+    with pytest.raises(FreezeError, match="has format 2, this whet reads format 1"):
+        load(path)
+
+
+def test_a_missing_file_is_just_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "absent.freeze")
+
+
+def test_check():
+    example().check("a.freeze", "ab12", "int8")
+    with pytest.raises(FreezeError, match="for the model bank with other weights"):
+        example().check("a.freeze", "ffff", "int8")
+    with pytest.raises(FreezeError, match="fitted to int8, the precision is fp32"):
+        example().check("a.freeze", "ab12", "fp32")

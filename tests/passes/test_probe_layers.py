@@ -1,0 +1,29 @@
+"""The probe shows the hidden states that the caches will see."""
+
+import numpy as np
+from execute import program
+from graphs import build, requests
+from test_freeze_layers import BATCH, CHANNELS, LABELS, LAYERS, cache, classifier, lowered
+
+from whet.passes.freeze_layers import freeze_layers
+from whet.passes.interpret import interpret
+from whet.passes.probe_layers import probe_layers
+from whet.schedules.isa import isa
+
+
+def test_hidden_states_and_logits():
+    module = build(classifier)
+    shown = interpret(probe_layers(module), BATCH)
+    assert shown.shape == (len(BATCH), (LAYERS - 1) * CHANNELS + LABELS)
+    np.testing.assert_array_equal(shown[:, -LABELS:], interpret(module, BATCH))
+    for layer in (1, 2):
+        everyone = cache(layer, 0.0)
+        states = shown[:, (layer - 1) * CHANNELS : layer * CHANNELS]
+        predicted = states @ everyone.weight.T + everyone.bias
+        np.testing.assert_allclose(interpret(freeze_layers(module, [everyone]), BATCH), predicted, atol=1e-5)
+
+
+def test_it_compiles():
+    batch = requests(20, 3, 40)
+    shown = program(lowered([], "fp32", probe=True), isa("avx2"))(batch, True)
+    np.testing.assert_allclose(shown, interpret(probe_layers(build(classifier)), batch), atol=2e-4)

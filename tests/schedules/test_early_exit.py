@@ -1,0 +1,89 @@
+"""Who stays, where tokens move, and who is answered by what, against NumPy."""
+
+import numpy as np
+import oracles
+import pytest
+
+from whet.schedules.early_exit import NOBODY, MoveSpec, SettleSpec, StaySpec, move, settle, stay
+
+LENGTHS = [1, 2, 15, 16, 17, 31, 3, 64, 100, 5, 1, 1, 8, 8, 8, 9, 40, 7, 16, 16]
+
+
+def chosen(rows, threshold):
+    """Whether each row of logits is not trusted."""
+    exps = np.exp(rows - rows.max(1, keepdims=True))
+    return 1 / exps.sum(1) < threshold
+
+
+def run_stay(isa, logits, segments, threshold, requests=None):
+    groups, labels = len(segments), logits.shape[1]
+    kernel = oracles.build(stay, StaySpec(labels, requests is not None), isa)
+    tiles = -(-int(segments.reshape(-1, 2).sum(1).max()) // 16)
+    inputs = [oracles.to_tiles(logits), segments, *([] if requests is None else [requests])]
+    outputs = [((groups, 16, 2), "int32"), ((groups, 16), "int32"), ((tiles, 16), "int32"), ((3,), "int32")]
+    *found, live = oracles.run(kernel, [*inputs, np.array([threshold], "float32")], outputs)
+    return [array[:size] for array, size in zip(found, live, strict=True)]
+
+
+@pytest.mark.parametrize("isa", oracles.NAMES)
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.7, 2.0])
+@pytest.mark.parametrize("numbered", [False, True])
+def test_stay(isa, threshold, numbered):
+    rng = np.random.default_rng(0)
+    segments = oracles.segments_of(LENGTHS, gaps=[0, 4])
+    logits = rng.normal(0, 2, (segments.size // 2, 7)).astype("float32")
+    numbers = rng.permutation(len(logits)).astype("int32").reshape(-1, 16)
+    kept, requests, sources = run_stay(isa, logits, segments, threshold, numbers if numbered else None)
+
+    staying = [(i, tokens) for i, tokens in oracles.requests_of(segments) if chosen(logits, threshold)[i]]
+    assert 0 < len(staying) < len(LENGTHS) or threshold in (0.0, 2.0)
+    wanted = [numbers.reshape(-1)[i] if numbered else i for i, _ in staying]
+    lengths = [t.stop - t.start for _, t in staying]
+    assert len(kept) == -(-len(staying) // 16)
+    if staying:
+        np.testing.assert_array_equal(kept, oracles.segments_of(lengths))
+    np.testing.assert_array_equal(requests.reshape(-1)[: len(wanted)], wanted)
+    assert (requests.reshape(-1)[len(wanted) :] == NOBODY).all()
+    tokens = np.concatenate([np.arange(t.start, t.stop) for _, t in staying] or [np.empty(0, int)])
+    np.testing.assert_array_equal(sources.reshape(-1)[: len(tokens)], tokens)
+    assert (sources.reshape(-1)[len(tokens) :] == tokens[-1:]).all()
+    assert len(sources) == -(-len(tokens) // 16)
+
+
+@pytest.mark.parametrize("isa", oracles.NAMES)
+@pytest.mark.parametrize("quantize", ["none", "bf16", "static", "per_token"])
+def test_move(isa, quantize):
+    rng = np.random.default_rng(1)
+    tiles, channels = 6, 12
+    # A tile that stays whole, one that is shifted, one of single tokens.
+    sources = np.stack([np.arange(32, 48), np.arange(50, 66), np.sort(rng.permutation(96)[:16])]).astype("int32")
+    forms = [rng.normal(0, 1, (tiles, channels, 16)).astype("float32")]
+    if quantize == "bf16":
+        forms.append(rng.integers(0, 1 << 16, (tiles, channels // 2, 16, 2)).astype("uint16"))
+    if quantize in ("static", "per_token"):
+        forms.append(rng.integers(0, 256, (tiles, channels // 4, 16, 4)).astype("uint8"))
+    if quantize == "per_token":
+        forms.append(rng.normal(0, 1, (tiles, 2, 16)).astype("float32"))
+    kernel = oracles.build(move, MoveSpec(channels, quantize), isa)
+    found = oracles.run(kernel, [sources, *forms], [((3, *form.shape[1:]), form.dtype) for form in forms])
+    for form, moved in zip(forms, found, strict=True):
+        for tile, lane in np.ndindex(3, 16):
+            source = sources[tile, lane]
+            np.testing.assert_array_equal(moved[tile, :, lane], form[source // 16, :, source % 16])
+
+
+@pytest.mark.parametrize("isa", oracles.NAMES)
+def test_settle(isa):
+    rng = np.random.default_rng(2)
+    logits = [rng.normal(0, 1, (groups, 5, 16)).astype("float32") for groups in (3, 2, 1)]
+    numbers = [np.full((groups, 16), NOBODY, "int32") for groups in (2, 1)]
+    second = np.sort(rng.permutation(48)[:20])
+    third = second[3:9]
+    numbers[0].reshape(-1)[:20], numbers[1].reshape(-1)[:6] = second, third
+    kernel = oracles.build(settle, SettleSpec(5, 2), isa)
+    inputs = [logits[0], logits[1], numbers[0], logits[2], numbers[1]]
+    (out,) = oracles.run(kernel, inputs, [((3, 5, 16), "float32")])
+    expected = oracles.from_tiles(logits[0])
+    expected[second] = oracles.from_tiles(logits[1])[:20]
+    expected[third] = oracles.from_tiles(logits[2])[:6]
+    np.testing.assert_array_equal(oracles.from_tiles(out), expected)

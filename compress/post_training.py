@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .blocks import Block
 from .hardware import autocast
-from .models import Encoder
+from .models import Encoder, Family
 from .reconstruct import Moments, reconstruct
 
 Advance = Callable[[int], None]
@@ -51,12 +51,13 @@ def _prune(
     advance: Advance,
 ) -> dict[str, float]:
     masks = [batch["attention_mask"].bool() for batch in batches]
-    calls = [(first_call(student, batch), first_call(teacher, batch)) for batch in batches]
+    own, others = ([first_call(encoder, batch) for batch in batches] for encoder in (student, teacher))
     errors: dict[str, float] = {}
     done = 0
     for i, (layer, wanted) in enumerate(zip(student.layers, teacher.layers, strict=True)):
+        targets, others = targets_of(wanted, student.family, others, masks)
         for group in student.family.groups:
-            moments = moments_of(layer, wanted, group, student.family.residual, calls, masks)
+            moments = moments_of(layer, group, student.family, own, targets, masks)
             for name in group:
                 dense = layer.get_submodule(name)
                 full = f"{i}.{name}"
@@ -67,8 +68,7 @@ def _prune(
                     errors[full] = made.error
                 done += 1
                 advance(done)
-        with autocast():
-            calls = [(next_call(layer, own), next_call(wanted, other)) for own, other in calls]
+        own = [next_call(layer, call) for call in own]
     return errors
 
 
@@ -104,8 +104,8 @@ def inputs_of(batch: Batch) -> dict[str, Tensor]:
 
 def next_call(layer: nn.Module, call: Call) -> Call:
     """What the next layer is called with."""
-    args, kwargs = call
-    return (_run(layer, call), *args[1:]), kwargs
+    with autocast():
+        return (_run(layer, call), *call[0][1:]), call[1]
 
 
 def _run(layer: nn.Module, call: Call) -> Tensor:
@@ -113,56 +113,78 @@ def _run(layer: nn.Module, call: Call) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+Targets = Mapping[str, Tensor]
+"""By dense layer, float ``(tokens, N)``: its output, with the residual that this is added to."""
+
+
+def targets_of(
+    layer: nn.Module, family: Family, calls: Sequence[Call], masks: Sequence[Tensor]
+) -> tuple[list[Targets], list[Call]]:
+    """What every dense layer of a transformer layer should give, for each call, and the calls of the next layer."""
+    names = {name for group in family.groups for name in group}
+    streams = {source for source in family.residual.values() if source}
+    targets: list[Targets] = []
+    following: list[Call] = []
+    for (args, kwargs), mask in zip(calls, masks, strict=True):
+        inputs, outputs, result = _watch(layer, (args, kwargs), streams, names)
+        found = {name: outputs[name][mask].float() for name in names}
+        for name, source in family.residual.items():
+            if source:
+                found[name] += inputs[source][mask].float()
+        targets.append(found)
+        following.append(((result, *args[1:]), kwargs))
+    return targets, following
+
+
 def moments_of(
     layer: nn.Module,
-    wanted: nn.Module,
     group: tuple[str, ...],
-    residuals: Mapping[str, str | None],
-    calls: Sequence[tuple[Call, Call]],
+    family: Family,
+    calls: Sequence[Call],
+    targets: Sequence[Targets],
     masks: Sequence[Tensor],
 ) -> dict[str, Moments]:
-    """Of each dense layer of a group: its input in the pruned model, and what it should add to its residual."""
-    found: dict[str, Moments] = {}
-    sources = {name: residuals.get(name) for name in group}
-    streams = {source for source in sources.values() if source}
-    for (own, other), mask in zip(calls, masks, strict=True):
-        with autocast():
-            mine, _ = _watch(layer, own, inputs={*group, *streams}, outputs=set())
-            before, theirs = _watch(wanted, other, inputs=streams, outputs=set(group))
-        for name in group:
-            x, target = mine[name][mask], theirs[name][mask].float()
-            if source := sources[name]:
-                target = target + before[source][mask].float() - mine[source][mask].float()
-            if name not in found:
-                found[name] = Moments(x.shape[1], target.shape[1], x.device)
-            found[name].add(x, target)
-    return found
+    """Of the dense layers of a group: the input that they share, and what each should add to its residual."""
+    sources = {name: source for name in group if (source := family.residual.get(name))}
+    sizes = [targets[0][name].shape[1] for name in group]
+    found: Moments | None = None
+    for call, wanted, mask in zip(calls, targets, masks, strict=True):
+        mine, _, _ = _watch(layer, call, {group[0], *sources.values()}, set())
+        x = mine[group[0]][mask]
+        parts = [wanted[n] - mine[sources[n]][mask].float() if n in sources else wanted[n] for n in group]
+        found = found or Moments(x.shape[1], sum(sizes), x.device)
+        found.add(x, torch.cat(parts, 1))
+    if found is None:
+        raise ValueError("there are no calibration texts; give at least one")
+    return dict(zip(group, found.split(sizes), strict=True))
 
 
 def _watch(
     layer: nn.Module, call: Call, inputs: set[str], outputs: set[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs and outputs of these dense layers in a run that ends when all are seen."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
+    """Inputs and outputs of these dense layers, and the layer's output; for inputs alone a run ends with the last."""
     seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
-    def note(side: int, name: str, value: Tensor) -> None:
-        seen[side][name] = value
-        if len(seen[0]) == len(inputs) and len(seen[1]) == len(outputs):
-            raise _Enough
-
     def before(name: str) -> Any:
-        return lambda _module, args: note(0, name, args[0])
+        def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[0][name] = args[0]
+            if not outputs and len(seen[0]) == len(inputs):
+                raise _Enough
+
+        return note
 
     def after(name: str) -> Any:
-        return lambda _module, _args, output: note(1, name, output)
+        return lambda _module, _args, output: seen[1].update({name: output})
 
     handles = [layer.get_submodule(name).register_forward_pre_hook(before(name)) for name in inputs]
     handles += [layer.get_submodule(name).register_forward_hook(after(name)) for name in outputs]
+    result = None
     try:
-        _run(layer, call)
+        with autocast():
+            result = _run(layer, call)
     except _Enough:
         pass
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return *seen, result

@@ -15,6 +15,8 @@ columns does not matter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +40,7 @@ class Moments:
         self.x, self.t = torch.zeros(inputs, **zeros), torch.zeros(outputs, **zeros)  # type: ignore[arg-type]
         self.xx = torch.zeros(inputs, inputs, **zeros)  # type: ignore[arg-type]
         self.tx = torch.zeros(outputs, inputs, **zeros)  # type: ignore[arg-type]
-        self.tt = 0.0
+        self.tt = torch.zeros(outputs, **zeros)  # type: ignore[arg-type]
 
     def add(self, x: Tensor, t: Tensor) -> None:
         """Count tokens: ``x`` float ``(tokens, K)``, ``t`` float ``(tokens, N)``."""
@@ -48,7 +50,16 @@ class Moments:
         self.t += t.sum(0)
         self.xx += x.T @ x
         self.tx += t.T @ x
-        self.tt += float((t.double() ** 2).sum())
+        self.tt += t.square().sum(0)
+
+    def split(self, sizes: Sequence[int]) -> list[Moments]:
+        """Those of layers that share the input and whose outputs stand one after the other in t."""
+        parts = []
+        for t, tx, tt in zip(self.t.split(sizes), self.tx.split(sizes), self.tt.split(sizes), strict=True):
+            part = copy(self)
+            part.t, part.tx, part.tt = t, tx, tt
+            parts.append(part)
+        return parts
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ def reconstruct(
         costs = cost[cost.isfinite()].sort().values
     solved = _solve(h, g, keep, block)
     bias = mean_t - solved @ mean_x
-    variance = max(moments.tt / count - float((mean_t**2).sum()), 1e-12)
+    variance = max(float((moments.tt / count - mean_t**2).sum()), 1e-12)
     residual = variance - 2 * float((solved * cross).sum()) + float(((solved @ covariance) * solved).sum())
     curve = torch.cat([costs.new_zeros(1), costs.cumsum(0)]) / variance
     return Reconstruction(solved.float(), bias.float(), keep, residual / variance, curve)
@@ -121,7 +132,7 @@ def _remove(weight: Tensor, inverse: Tensor, present: Tensor, cost: Tensor, leas
         if not bool(stay.all()):
             kept, gone = _channels(stay), _channels(~stay)
             between = _part(inverse, gone, kept)
-            step = torch.linalg.solve(_part(inverse, gone, gone), between)
+            step = torch.cholesky_solve(between, torch.linalg.cholesky(_part(inverse, gone, gone)))
             weight = weight.index_select(1, kept) - weight.index_select(1, gone) @ step
             inverse = _part(inverse, kept, kept).addmm_(between.T, step, alpha=-1)
             left = left[stay]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ HELD_OUT = 0.05
 """Share of the training data that is scored, where no development data is given."""
 MOST_SCORED = 2000
 """Held-out rows are at most so many."""
+CALIBRATION_TOKENS = 1 << 17
+"""What calibrates pruning is at most so many tokens: all that layers make of them stays in memory."""
 TEXTS = 256
 """Training texts given on, for calibration."""
 RECIPE, LOG, CHECKPOINT = "recipe.toml", "training.jsonl", "checkpoint.safetensors"
@@ -153,6 +157,8 @@ def _features(recipe: Recipe, student: Encoder, training: list[Example]) -> tupl
     if not features:
         raise ValueError("no training row fits data.max_length; raise it")
     sample = random.Random(recipe.seed).sample(features, min(recipe.pruning.calibration, len(features)))
+    total = list(accumulate(len(feature.ids) for feature in sample))
+    sample = sample[: max(1, bisect_right(total, CALIBRATION_TOKENS))]
     return features, [batch for _, batch in in_order(sample, 64, student)]
 
 

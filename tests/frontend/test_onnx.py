@@ -15,6 +15,7 @@ from whet.frontend.onnx import from_onnx
 from whet.passes import dialect
 from whet.passes.graph import Graph, attributes, is_call
 from whet.passes.interpret import interpret
+from whet.runtime.cpu import cpu_flags
 
 FP32 = [
     ("embedding-ts17", "embedding", 3),
@@ -33,6 +34,8 @@ QUANTISED = [
     ("token-qdq-tensor", 0.97),
     ("embedding-qlinear", 0.9),
 ]
+SATURATED = 0.98
+"""Without VNNI, ONNX Runtime's sums of u8 × s8 products saturate at 16 bits."""
 LENGTHS = (1, 7, 9, 4)
 
 
@@ -94,7 +97,8 @@ def test_quantised_files_are_near_onnx_runtime(files: Path, name: str, least: fl
     model = from_onnx(files / f"{name}.onnx")
     assert model.dialect, model.notes
     got, want = run_both(files / f"{name}.onnx", model)
-    assert cosine(got, want) > least
+    exact = {"avx512_vnni", "avx_vnni"} & cpu_flags()
+    assert cosine(got, want) > (least if exact else min(least, SATURATED))
     assert any("activations are calibrated anew" in note for note in model.notes)
 
 

@@ -1,0 +1,181 @@
+"""Accuracy against latency of compressed models: gathers what ``whet compress`` measured into one table and a picture.
+
+    python benchmarks/compression.py NAME FOLDER [FOLDER ...]    # writes results/NAME.json, .md and .svg
+
+Each folder was made by one ``whet compress``; the table gives the command. Folders of one task and one dense model make
+a section and a panel of the picture. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from report import table
+
+from whet.compress.recipe import Recipe
+
+RESULTS = Path(__file__).parent / "results"
+DRAWN = "32"
+"""Tokens of the request whose time the picture shows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled module."""
+
+    model: str
+    """What it was made of, and how."""
+    precision: str
+    score: float
+    score_name: str
+    milliseconds: dict[str, float]
+    size: int
+    zeros: float
+    blocks: str
+    steps: int
+    minutes: float
+    command: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """All modules of one task and one dense model."""
+
+    title: str
+    data: str
+    rows: list[Row]
+
+
+def main() -> None:
+    """Gather, write, draw."""
+    name, *folders = sys.argv[1:]
+    sections = gather([Path(folder) for folder in folders])
+    cpu = json.loads((Path(folders[0]) / "measured.json").read_text(encoding="utf-8"))["cpu"]
+    document = {"cpu": cpu, "sections": [asdict(section) for section in sections]}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    draw(sections, cpu, path.with_suffix(".svg"))
+    path.with_suffix(".md").write_text(markdown(sections, cpu, path.with_suffix(".svg").name), encoding="utf-8")
+
+
+def gather(folders: Sequence[Path]) -> list[Section]:
+    """Read the folders; the dense modules of a section are those of its first folder."""
+    sections: dict[tuple[str, str], Section] = {}
+    for folder in folders:
+        recipe = Recipe.read(folder / "recipe.toml")
+        report = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+        dense = Path(recipe.teacher or recipe.model).name
+        key = recipe.task, dense
+        known = key in sections
+        if not known:
+            sections[key] = Section(f"{dense}, {recipe.task.replace('_', ' ')}", Path(report["data"]).name, [])
+        own = describe(recipe)
+        for module in report["measured"]:
+            if module["model"] == "dense" and known:
+                continue
+            sparse = module["model"] != "dense"
+            score_name, score = next(iter(module["scores"].items()))
+            sections[key].rows.append(
+                Row(
+                    model=own if sparse else "dense",
+                    precision=module["precision"],
+                    score=score,
+                    score_name=score_name,
+                    milliseconds=module["milliseconds"],
+                    size=module["size"],
+                    zeros=report["sparsity"] if sparse else 0.0,
+                    blocks=recipe.pruning.block if sparse else "",
+                    steps=recipe.training.steps if sparse else 0,
+                    minutes=report["seconds"] / 60 if sparse else 0.0,
+                    command=command(recipe, folder, report["data"]) if sparse else "",
+                )
+            )
+    return list(sections.values())
+
+
+def describe(recipe: Recipe) -> str:
+    """What a row is called."""
+    pruning, steps = recipe.pruning, recipe.training.steps
+    budget = " by time" if pruning.budget == "latency" else ""
+    return f"{pruning.sparsity:.0%} {pruning.block}{budget}, " + (f"{steps} steps" if steps else "no training")
+
+
+def command(recipe: Recipe, folder: Path, test: str) -> str:
+    """The command that makes the row again; the recipe beside the results holds everything else."""
+    return f"whet compress --recipe {folder.name}/recipe.toml --test {Path(test).name} -o {folder.name}"
+
+
+def markdown(sections: Iterable[Section], cpu: str, picture: str) -> str:
+    """All tables."""
+    parts = [
+        "# Compressed models: accuracy against latency",
+        f"One thread of {cpu}; median milliseconds of one request, modules of a row in turns. Scores on test sets.",
+        f"![Score against milliseconds at {DRAWN} tokens; the line joins the points that no other beats]({picture})",
+    ]
+    for section in sections:
+        rows = section.rows
+        lengths = list(rows[0].milliseconds)
+        head = ["", "", f"{rows[0].score_name}", *(f"ms at {n} tokens" for n in lengths), "MB", "minutes to make"]
+        body = [
+            [
+                row.model,
+                row.precision,
+                f"{100 * share(row):.2f}",
+                *(f"{row.milliseconds[n]:.2f}" for n in lengths),
+                f"{row.size / 1e6:.1f}",
+                f"{row.minutes:.0f}" if row.minutes else "",
+            ]
+            for row in rows
+        ]
+        commands = dict.fromkeys(row.command for row in rows if row.command)
+        parts += [f"## {section.title}, {section.data}", table(head, body), "```sh\n" + "\n".join(commands) + "\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def share(row: Row) -> float:
+    """The score as a share of 1; those of answers are points of 100."""
+    return row.score / 100 if row.score > 1 else row.score
+
+
+def draw(sections: Sequence[Section], cpu: str, path: Path) -> None:
+    """Score against time, a panel per section, with the Pareto front."""
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(1, len(sections), figsize=(5.5 * len(sections), 4.5), squeeze=False)
+    for axis, section in zip(axes[0], sections, strict=True):
+        points = [(row.milliseconds[DRAWN], 100 * share(row), row) for row in section.rows]
+        for precision, marker in (("fp32", "o"), ("int8", "s")):
+            for i, blocks in enumerate(dict.fromkeys(row.blocks for row in section.rows)):
+                own = [(x, y) for x, y, row in points if (row.precision, row.blocks) == (precision, blocks)]
+                if own:
+                    label = f"{precision}, {blocks or 'dense'}"
+                    axis.scatter(*zip(*own, strict=True), marker=marker, color=f"C{i}", label=label)
+        front = pareto([(x, y) for x, y, _ in points])
+        axis.plot(*zip(*front, strict=True), color="black", linewidth=1, zorder=0)
+        for x, y, row in points:
+            if (x, y) in front:
+                axis.annotate(row.model, (x, y), fontsize=7, xytext=(4, -8), textcoords="offset points")
+        axis.set(title=section.title, xlabel=f"ms at {DRAWN} tokens", ylabel=section.rows[0].score_name, xscale="log")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7)
+    figure.suptitle(f"One thread of {cpu}")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points with which no other is faster and as good, fastest first."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The data of ``compression.py``: training, development and test files made of published data sets.
+
+    python benchmarks/compression_data.py DATA OUT
+
+``DATA`` holds the data sets as published, each in a folder: stsb, wikitext2, qqp, mrpc, clinc150, banking77, sst2,
+squad_v2_dev, xquad_en. Nothing that is tested on stands in a training file.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+import re
+import sys
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+SEED = 0
+WORDS = (5, 40)
+"""Sentences of running text are kept if they have so many words."""
+HELD_OUT_ARTICLES = 5
+"""One in so many articles of SQuAD is tested on."""
+
+
+def main() -> None:
+    """Write all files below ``OUT``."""
+    data, out = map(Path, sys.argv[1:])
+    out.mkdir(parents=True, exist_ok=True)
+    embedding_texts(data, out)
+    clinc150(data / "clinc150/data_full.json", out)
+    for name in ("train", "test"):
+        rows = read_table(data / f"banking77/{name}.csv", ",")
+        write_csv(out / f"banking77-{name}.csv", ((row["text"], row["category"]) for row in rows))
+        print(f"banking77-{name}.csv")
+    squad(data, out)
+
+
+def embedding_texts(data: Path, out: Path) -> None:
+    """Sentences of WikiText-2, Quora's questions, MRPC and STS-B's training set, without any of STS-B's other sets."""
+    scored = {text for name in ("dev", "test") for text in stsb(data / f"stsb/sts-{name}.csv")}
+    sources = (wikitext(data / "wikitext2/train.raw.gz"), quora(data / "qqp/pairs.json.tar.gz"))
+    more = (mrpc(data / "mrpc/msr_paraphrase_train.txt"), stsb(data / "stsb/sts-train.csv"))
+    texts = sorted({text for source in (*sources, *more) for text in source if text and "\n" not in text} - scored)
+    random.Random(SEED).shuffle(texts)
+    (out / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    print(f"texts.txt: {len(texts)} texts")
+
+
+def wikitext(path: Path) -> Iterator[str]:
+    """Sentences, with the spaces before punctuation taken out."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            text = line.strip()
+            if not text or text.startswith("="):
+                continue
+            text = re.sub(r" @([-,.])@ ", r"\1", text)
+            text = re.sub(r" ([,.;:!?)'’])", r"\1", text.replace("( ", "("))
+            for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", text):
+                if WORDS[0] <= len(sentence.split()) <= WORDS[1] and "<unk>" not in sentence:
+                    yield sentence
+
+
+def quora(path: Path) -> Iterator[str]:
+    """Both questions of every pair."""
+    with tarfile.open(path) as archive:
+        member = archive.extractfile(archive.getmembers()[0])
+        if member is None:
+            raise ValueError(f"{path} holds no file")
+        for pair in json.load(member):
+            yield from (" ".join(str(pair[name]).split()) for name in ("text_a", "text_b"))
+
+
+def mrpc(path: Path) -> Iterator[str]:
+    """Both sentences of every pair."""
+    for line in path.read_text(encoding="utf-8-sig").splitlines()[1:]:
+        yield from (text.strip() for text in line.split("\t")[3:5])
+
+
+def stsb(path: Path) -> Iterator[str]:
+    """Both sentences of every pair."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        yield from (text.strip() for text in line.split("\t")[5:7])
+
+
+def clinc150(path: Path, out: Path) -> None:
+    """Requests with an intent; those out of scope are left out."""
+    splits = json.loads(path.read_text(encoding="utf-8"))
+    for split, name in (("train", "train"), ("val", "development"), ("test", "test")):
+        write_csv(out / f"clinc150-{name}.csv", splits[split])
+        print(f"clinc150-{name}.csv: {len(splits[split])} rows")
+
+
+def squad(data: Path, out: Path) -> None:
+    """SQuAD's public development articles, divided; with XQuAD's other articles, from the same set, in the test."""
+    articles = json.loads((data / "squad_v2_dev/squad.json").read_text(encoding="utf-8"))["data"]
+    known = {article["title"] for article in articles}
+    others = json.loads((data / "xquad_en/xquad.en.json").read_text(encoding="utf-8"))["data"]
+    test = articles[::HELD_OUT_ARTICLES] + [article for article in others if article["title"] not in known]
+    train = [article for i, article in enumerate(articles) if i % HELD_OUT_ARTICLES]
+    for name, part in (("train", train), ("test", test)):
+        answerable = [answered(article) for article in part]
+        (out / f"squad-{name}.json").write_text(json.dumps({"data": answerable}), encoding="utf-8")
+        count = sum(len(paragraph["qas"]) for article in answerable for paragraph in article["paragraphs"])
+        print(f"squad-{name}.json: {len(part)} articles, {count} questions")
+
+
+def answered(article: dict[str, Any]) -> dict[str, Any]:
+    """The article with those questions alone that it answers."""
+    paragraphs = [{**p, "qas": [q for q in p["qas"] if q["answers"]]} for p in article["paragraphs"]]
+    return {**article, "paragraphs": [p for p in paragraphs if p["qas"]]}
+
+
+def read_table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file with a header."""
+    with path.open(encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file, delimiter=delimiter)
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[str]]) -> None:
+    """Texts and labels under a header."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 from whet.datasets import FORMATS as SCORED_FORMATS
 from whet.datasets import LabelledText, Question, ScoredPair, Text, read_dataset
 
-from .recipe import Task
+from .recipe import Recipe, Task
 
 T = TypeVar("T")
 
@@ -53,6 +53,10 @@ COLUMNS = ("text", "text_a", "text_b", "label", "score", "words", "tags")
 """What a column can mean; files with other names are read with ``columns``."""
 LEAST = 8
 """Rows that training needs at least."""
+HELD_OUT = 0.05
+"""Share of the training data that is scored, where no development data is given."""
+MOST_SCORED = 2000
+"""Held-out rows are at most so many."""
 
 
 def read_examples(
@@ -84,6 +88,19 @@ def read_examples(
             raise ValueError(f"{path} holds no rows in the format {kind}")
         examples += found
     return examples[:limit] if limit else examples
+
+
+def examples_of(recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """Read the training and the development examples of a recipe; ValueError where they can't be used."""
+    data = recipe.data
+    training = read_examples(data.train, recipe.task, data.format, data.columns, data.limit)
+    if recipe.task == "sequence_classification":
+        training = [e for e in training if isinstance(e, LabelledText)]
+    check_examples(training, recipe.task, ", ".join(data.train))
+    if data.development:
+        return training, read_examples(data.development, recipe.task, data.development_format, data.columns)
+    training, development = hold_out(training, HELD_OUT, recipe.seed)
+    return training, development[:MOST_SCORED]
 
 
 def check_examples(examples: Sequence[Example], task: Task, source: str) -> None:

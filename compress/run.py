@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from whet.datasets import LabelledText, Text
 from whet.progress import Progress
 
 from .blocks import Block
-from .data import Example, all_labels, check_examples, hold_out, read_examples, texts_of
+from .data import Example, all_labels, examples_of
 from .features import Batch, Feature, in_order, make_features
 from .folders import has_head
 from .hardware import device
@@ -29,14 +28,8 @@ from .scores import Scorer
 from .sensitivity import Curve, measure_sensitivity
 from .train import append, train
 
-HELD_OUT = 0.05
-"""Share of the training data that is scored, where no development data is given."""
-MOST_SCORED = 2000
-"""Held-out rows are at most so many."""
 CALIBRATION_TOKENS = 1 << 17
 """What calibrates pruning is at most so many tokens: all that layers make of them stays in memory."""
-TEXTS = 256
-"""Training texts given on, for calibration."""
 RECIPE, LOG, CHECKPOINT = "recipe.toml", "training.jsonl", "checkpoint.safetensors"
 
 
@@ -55,9 +48,6 @@ class Compressed:
     seconds: float
     errors: dict[str, float]
     """Relative squared error of each layer's output after reconstruction."""
-    development: Sequence[Example]
-    texts: Sequence[Text]
-    """Some training texts."""
 
 
 def work_folder(output: Path) -> Path:
@@ -86,7 +76,7 @@ def run_recipe(
     work = _open_work(recipe, output)
     torch.manual_seed(recipe.seed)
     with progress.phase("read data"):
-        training, development = _examples(recipe)
+        training, development = examples_of(recipe)
     with progress.phase("load models"):
         student, teacher, reference = _models(recipe, training)
     with progress.phase("tokenise"):
@@ -115,8 +105,7 @@ def run_recipe(
         if (work / LOG).exists():
             shutil.copy(work / LOG, folder / LOG)
     took = time.perf_counter() - began
-    texts = texts_of(random.Random(recipe.seed).sample(training, min(TEXTS, len(training))))
-    made = Compressed(output, pruner.sparsity, score, scorer.name, before, took, pruner.errors, development, texts)
+    made = Compressed(output, pruner.sparsity, score, scorer.name, before, took, pruner.errors)
     finish(folder, made)
     folder.rename(output)
     shutil.rmtree(work)
@@ -139,18 +128,6 @@ def _open_work(recipe: Recipe, output: Path) -> Path:
     return work
 
 
-def _examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
-    data = recipe.data
-    training = read_examples(data.train, recipe.task, data.format, data.columns, data.limit)
-    if recipe.task == "sequence_classification":
-        training = [e for e in training if isinstance(e, LabelledText)]
-    check_examples(training, recipe.task, ", ".join(data.train))
-    if data.development:
-        return training, read_examples(data.development, recipe.task, data.development_format, data.columns)
-    training, development = hold_out(training, HELD_OUT, recipe.seed)
-    return training, development[:MOST_SCORED]
-
-
 def _features(recipe: Recipe, student: Encoder, training: list[Example]) -> tuple[list[Feature], list[Batch]]:
     """All training texts as features, and some in batches to calibrate with."""
     features = make_features(student, training, recipe.data.max_length)
@@ -168,7 +145,7 @@ def sensitivity_of(
     """What the model loses by pruning each dense layer to each sparsity of ``grid``, and the layers' ``(N, K)``."""
     torch.manual_seed(recipe.seed)
     with progress.phase("read data"):
-        training, _ = _examples(recipe)
+        training, _ = examples_of(recipe)
     with progress.phase("load the model"):
         encoder = load_encoder(recipe.model, recipe.task, all_labels(training))
         encoder.model.to(device())

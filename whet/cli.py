@@ -335,18 +335,20 @@ def _tune_merge(args: argparse.Namespace) -> None:
 
 
 def _compress(args: argparse.Namespace) -> None:
-    from whet.compressing import compress, make_recipe  # noqa: PLC0415
+    from whet.compressing import compress, make_recipe, measure_folder  # noqa: PLC0415
 
+    test: dict[str, Any] = {"test": args.test, "test_format": args.test_format or "", "progress": TerminalProgress()}
+    if args.measure_only:
+        _print(measure_folder(args.output, **test), args.json)
+        return
     recipe = make_recipe(args.recipe, _given(args, *_RECIPE), args.set)
     print(recipe.to_toml(), file=sys.stderr)
     report = compress(
         recipe,
         args.output,
-        test=args.test,
-        test_format=args.test_format or "",
+        **test,
         measure=not args.no_measure,
         isa=args.isa or "host",
-        progress=TerminalProgress(),
         log=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
     )
     _print(report, args.json)
@@ -595,7 +597,13 @@ def _add_compress(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--test", metavar="FILE", help="labelled data for the measured table; default: development data")
     sub.add_argument("--test-format", metavar="FORMAT", help="of --test, where the ending does not tell")
-    sub.add_argument("--no-measure", action="store_true", help="do not compile, score and time the result")
+    measure = sub.add_mutually_exclusive_group()
+    measure.add_argument("--no-measure", action="store_true", help="do not compile, score and time the result")
+    measure.add_argument(
+        "--measure-only",
+        action="store_true",
+        help="only that, of what was made into DIR before, for instance on a machine with a GPU",
+    )
 
 
 def _add_run(sub: argparse.ArgumentParser) -> None:

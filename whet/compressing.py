@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -49,6 +50,7 @@ __all__ = [
     "Training",
     "compress",
     "make_recipe",
+    "measure_folder",
     "plan",
 ]
 
@@ -59,7 +61,7 @@ SECONDS = 1.0
 """Timed seconds of each module at each length."""
 CALIBRATION = 256
 """Training texts that the int8 scales are calibrated with."""
-RESULTS = "measured.json"
+RECIPE, RESULTS = "recipe.toml", "measured.json"
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,32 @@ class CompressionReport:
     score_name: str
     before: float
     seconds: float
-    cpu: str
-    data: str
+    cpu: str = ""
+    """On which the modules were timed."""
+    data: str = ""
     """What the measured scores are on."""
     measured: tuple[Measured, ...] = ()
 
     def to_json(self) -> str:
         """The report as one JSON object."""
         return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionReport:
+        """Read what ``to_json`` wrote."""
+        values = json.loads(text)
+        measured = tuple(
+            Measured(**{**m, "milliseconds": {int(n): ms for n, ms in m["milliseconds"].items()}})
+            for m in values.pop("measured")
+        )
+        return cls(**values, measured=measured)
+
+    def write(self, folder: Path, recipe: Recipe) -> None:
+        """Write the report, and the model card that shows it, into the model's folder."""
+        for name, text in ((RESULTS, self.to_json() + "\n"), ("README.md", _card(recipe, self))):
+            part = folder / f"{name}.part"
+            part.write_text(text, encoding="utf-8")
+            part.replace(folder / name)
 
     def table(self) -> str:
         """The measured modules as a Markdown table; empty where none was measured."""
@@ -169,13 +189,10 @@ def compress(
     if recipe.pruning.budget == "latency" and recipe.pruning.sparsity and not recipe.pruning.shares:
         recipe = plan(recipe, isa, progress)
     reports: list[CompressionReport] = []
-    rows = _test_rows(recipe, test, test_format) if measure and test is not None else None
+    if measure and test is not None:
+        _test_rows(recipe, test, test_format)  # what is wrong with them is said before the training
 
     def finish(folder: Path, made: Compressed) -> None:
-        measured: tuple[Measured, ...] = ()
-        if measure:
-            data = rows if rows is not None else _rows(made.development)
-            measured = _measure(recipe, folder, data, made.texts, progress)
         report = CompressionReport(
             output=str(output),
             sparsity=made.sparsity,
@@ -183,16 +200,55 @@ def compress(
             score_name=made.score_name,
             before=made.before,
             seconds=made.seconds,
-            cpu=cpu_model(),
-            data=str(test) if test is not None else "the development data",
-            measured=measured,
         )
-        (folder / RESULTS).write_text(report.to_json() + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(recipe, report), encoding="utf-8")
+        report.write(folder, recipe)
+        if measure:
+            report = measure_folder(folder, test=test, test_format=test_format, progress=progress)
         reports.append(report)
 
     run_recipe(recipe, Path(output), progress, log, finish)
     return reports[0]
+
+
+def measure_folder(
+    folder: str | PathLike[str],
+    *,
+    test: str | PathLike[str] | None = None,
+    test_format: str = "",
+    progress: Progress | None = None,
+) -> CompressionReport:
+    """Score and time what ``compress`` made, beside its dense model, on this machine, and write that into the folder.
+
+    ``compress`` does it by itself; a model that was trained on another machine is measured where it will serve. Its
+    recipe has to find the dense model and the data from here: compiled modules are calibrated with training texts.
+
+    Args:
+        folder: what ``compress`` wrote.
+        test: labelled data that neither training nor recipe has seen; default: the development data.
+        test_format: of ``test``, by default told by its ending.
+        progress: told of every phase.
+
+    Raises:
+        FileNotFoundError: ``folder`` is not what ``compress`` writes, or names what is not here.
+        ValueError: the test data can't be used.
+
+    """
+    from whet.compress.data import examples_of, texts_of  # noqa: PLC0415
+
+    folder = Path(folder)
+    for name in (RECIPE, RESULTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; expected a folder that whet compress made")
+    recipe = Recipe.read(folder / RECIPE)
+    report = CompressionReport.from_json((folder / RESULTS).read_text(encoding="utf-8"))
+    training, development = examples_of(recipe)
+    rows = _test_rows(recipe, test, test_format) if test is not None else _rows(development)
+    texts = texts_of(random.Random(recipe.seed).sample(training, min(CALIBRATION, len(training))))
+    measured = _measure(recipe, folder, rows, texts, progress or Silent())
+    data = str(test) if test is not None else "the development data"
+    report = replace(report, cpu=cpu_model(), data=data, measured=measured)
+    report.write(folder, recipe)
+    return report
 
 
 def plan(recipe: Recipe, isa: str = "host", progress: Progress | None = None) -> Recipe:
@@ -334,7 +390,7 @@ def _measure(
         for name, source in models.items():
             for precision in PRECISIONS:
                 module = Path(scratch) / f"{name}-{precision}.so"
-                options: dict[str, Any] = {"calibration": list(texts[:CALIBRATION])} if precision == "int8" else {}
+                options: dict[str, Any] = {"calibration": list(texts)} if precision == "int8" else {}
                 with progress.phase(f"compile {name} {precision}"):
                     report = compile(source, module, precision, pooling=pooling, **options)
                 session = load(module, 1)

@@ -61,12 +61,25 @@ def test_one_command_makes_a_measured_sparse_model(tmp_path, texts, pairs, capsy
     model = transformers.AutoModel.from_pretrained(output)
     assert float((model.encoder.layer[0].output.dense.weight == 0).float().mean()) >= 0.75
 
-    # The recipe that lies in the folder makes the same bits.
+    # The recipe that lies in the folder makes the same bits; what was not measured can be later.
     again = ["compress", "--recipe", str(output / "recipe.toml"), "--no-measure", "-o", str(tmp_path / "again")]
     assert cli.main(again) == 0
     assert (tmp_path / "again/model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+    assert "| sparse int8" not in (tmp_path / "again/README.md").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main(["compress", "--measure-only", "--test", str(pairs), "-o", str(tmp_path / "again"), "--json"]) == 0
+    later = json.loads(capsys.readouterr().out)
+    assert later["sparsity"] == report["sparsity"] and later["data"] == str(pairs)
+    assert [m["scores"] for m in later["measured"]] == [m["scores"] for m in report["measured"]]
+    assert "| sparse int8" in (tmp_path / "again/README.md").read_text(encoding="utf-8")
+    assert CompressionReport.from_json(json.dumps(later)).to_json() == json.dumps(later, indent=1)
     assert cli.main(again) == 1
     assert "again exists; name another folder" in capsys.readouterr().err
+
+
+def test_only_what_was_made_can_be_measured(tmp_path, capsys):
+    assert cli.main(["compress", "--measure-only", "-o", str(tmp_path)]) == 1
+    assert "has no recipe.toml; expected a folder that whet compress made" in capsys.readouterr().err
 
 
 def test_options_and_fields_make_a_recipe(tmp_path):

@@ -296,6 +296,10 @@ def _add(x: Rows, y: Rows) -> Rows:
     return x + y
 
 
+def _scale_channels(x: Rows, factors: Rows) -> Rows:
+    return x * factors
+
+
 def _pool(x: Rows, segments: list[tuple[int, int]], *, mode: str) -> Rows:
     reduce: dict[str, Callable[[Rows], Rows]] = {
         "mean": lambda rows: rows.mean(axis=0),
@@ -348,6 +352,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     "stack": _stack,
     "activate": _activate,
     "add": _add,
+    "scale_channels": _scale_channels,
     "pool": _pool,
     "normalize": _normalize,
     "stay": _stay,

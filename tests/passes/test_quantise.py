@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from execute import program
 from graphs import build, encoder_layer, ops, requests
 from tvm import relax
 
@@ -10,8 +11,10 @@ from whet.passes.fuse_qkv import fuse_qkv
 from whet.passes.fuse_residuals import fuse_residuals
 from whet.passes.graph import Graph, attributes, is_call
 from whet.passes.interpret import interpret
+from whet.passes.lower import lower
 from whet.passes.quantise import QuantisationConfig, quantise, quantise_weight, raised_layers
 from whet.passes.smooth_outliers import smooth_outliers
+from whet.schedules.isa import ISAS
 
 
 def fused(write):
@@ -86,6 +89,24 @@ def test_a_budget_of_error_is_kept_by_raising_layers(activations):
     assert floats == {line.partition(":")[0] for line in raised if "float32" in line}
 
 
+@pytest.mark.parametrize("activations", ["static", "per_token"])
+@pytest.mark.parametrize(
+    ("raised", "level"),
+    [("context_qkv", "float32"), ("sum1", "float32"), ("gelu", "float32"), ("sum2", "per_token"), ("sum2", "float32")],
+)
+def test_compiled_with_a_raised_layer_it_computes_what_the_interpreter_does(monkeypatch, activations, raised, level):
+    def choose(ladders, *_):
+        levels = {var: level if var.name == raised else ladder[0] for var, ladder in ladders.items()}
+        return levels, {}
+
+    monkeypatch.setattr("whet.passes.quantise.choose_levels", choose)
+    config, texts = QuantisationConfig(activations=activations, max_error=1.0), requests(20, 31, 5, 9)
+    quantised = quantise(smooth_outliers(fused(layer), config, texts), config, texts)
+    lowered = lower(quantised, ISAS["avx2"], max_length=64)
+    got, want = program(lowered, ISAS["avx2"])(texts, False), interpret(quantised, texts)
+    assert np.linalg.norm(got - want) < 0.01 * np.linalg.norm(want)
+
+
 def test_a_budget_that_float_layers_cannot_meet_is_an_error():
     with pytest.raises(ValueError, match=r"max_error is 1e-09.*embeddings"):
         quantise(fused(layer), QuantisationConfig(max_error=1e-9), requests(20, 31))
@@ -96,11 +117,9 @@ def test_a_raised_layer_reads_its_input_as_it_was():
     module, config = fused(layer), QuantisationConfig(activations="static", max_error=0.001)
     texts = requests(20, 31, 5, 9)
     graph = Graph(quantise(smooth_outliers(module, config, texts), config, texts))
-    for binding in graph.bindings:
-        if is_call(binding.value, dialect.DENSE) and is_call(
-            graph.producer(binding.value.args[0]), dialect.SCALE_CHANNELS
-        ):
-            assert "x_scale" in attributes(binding.value)
+    dense = [b.value for b in graph.bindings if is_call(b.value, dialect.DENSE)]
+    scaled = [call for call in dense if is_call(graph.producer(call.args[0]), dialect.SCALE_CHANNELS)]
+    assert all("x_scale" in attributes(call) for call in scaled)
 
 
 def test_weights_round_symmetrically_and_keep_zeros():

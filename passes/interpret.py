@@ -69,26 +69,28 @@ def interpret(
     ids_list: Sequence[Ids],
     token_types: Sequence[Ids] | None = None,
     observe: Callable[[str, Rows], None] | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Rows:
     """Run ``module["main"]`` on requests of 1-D token ids; returns rows ``(tokens, C)`` or ``(requests, C)``.
 
     ``observe(name, rows)`` is called for the result of every op as it is computed, several times per variable:
-    once for each chunk of requests. Raises ValueError for ids outside a table and for ops outside the dialect.
+    once for each chunk of requests, of at most ``chunk_tokens`` tokens where there are several. It may change the rows
+    in place: later ops see that. Raises ValueError for ids outside a table and for ops outside the dialect.
     """
     if not ids_list:
         raise ValueError("ids_list is empty; expected at least one request")
     program = _Program(Graph(module))
     outputs = []
-    for first, last in _chunks([len(ids) for ids in ids_list]):
+    for first, last in _chunks([len(ids) for ids in ids_list], chunk_tokens):
         types = None if token_types is None else token_types[first:last]
         outputs.append(program.run(pack_requests(ids_list[first:last], types), observe))
     return np.concatenate(outputs)
 
 
-def _chunks(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _chunks(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
     first = tokens = 0
     for i, length in enumerate(lengths):
-        if tokens and tokens + length > CHUNK_TOKENS:
+        if tokens and tokens + length > most:
             yield first, i
             first, tokens = i, 0
         tokens += length

@@ -14,6 +14,7 @@ from whet.progress import Progress
 from whet.schedules.isa import Isa
 
 from .choose_kernels import TYPICAL_TOKENS, Choice, choose_kernels
+from .correct_biases import correct_biases
 from .freeze_layers import freeze_layers
 from .fuse_activations import fuse_activations
 from .fuse_qkv import fuse_qkv
@@ -97,8 +98,11 @@ def run_pipeline(
             dump(module, "smooth_outliers")
         judged = len(integer_layers(Graph(module))) if options.quantisation.max_error is not None else 0
         with progress.phase("3 calibrate and quantise", len(requests) + judged) as advance:
-            module = quantise(module, options.quantisation, requests, token_types, advance)
-            dump(module, "quantise")
+            quantised = quantise(module, options.quantisation, requests, token_types, advance)
+            dump(quantised, "quantise")
+        with progress.phase("3 correct biases"):
+            module = correct_biases(quantised, module, requests, token_types)
+            dump(module, "correct_biases")
 
     if options.bf16:
         with progress.phase("3 round to bfloat16"):

@@ -90,6 +90,8 @@ class Training:
     weight_decay: float = 0.01
     embeddings: bool = False
     """Whether the embedding tables are trained: they are most of a small model, and most rows are never seen."""
+    quantise: bool = False
+    """Whether the student computes with the rounding of its int8 module, to make up for it."""
     evaluate_every: int = 500
     checkpoint_every: int = 500
 

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from whet.progress import Progress
 
 from .checkpoint import load_checkpoint, save_checkpoint
+from .fake_quantise import fake_quantised
 from .features import Batches, Feature, collate
 from .hardware import autocast
 from .losses import distance, run
@@ -76,7 +78,9 @@ def train(
             with autocast():
                 with torch.no_grad():
                     wanted = run(teacher, batch, relations) if teacher is not None else None
-                parts = distance(run(student, batch, relations), wanted, batch, student, weights)
+                with fake_quantised(student) if settings.quantise else nullcontext():
+                    made = run(student, batch, relations)
+                parts = distance(made, wanted, batch, student, weights)
                 loss = torch.stack(list(parts.values())).sum()
             if not math.isfinite(float(loss.detach())):
                 raise ValueError(f"the loss is {float(loss.detach())} at step {step}; lower training.learning_rate")

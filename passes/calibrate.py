@@ -64,13 +64,24 @@ def observe(
         for observation, part in zip(seen.get(name, ()), np.split(rows, wanted.get(name, 1), axis=1), strict=False):
             observation.add(part)
 
+    run(module, requests, token_types, watch, progress)
+    return seen
+
+
+def run(
+    module: IRModule,
+    requests: Sequence[Array],
+    token_types: Sequence[Array] | None,
+    watch: Callable[[str, Array], None],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Run ``module`` on ``requests``, a few at a time; ``watch`` gets the name and the rows of every value."""
     step = 32
     for start in range(0, len(requests), step):
         types = None if token_types is None else token_types[start : start + step]
         interpret(module, requests[start : start + step], types, watch)
         if progress is not None:
             progress(min(start + step, len(requests)))
-    return seen
 
 
 def affine_u8(observation: Observation, method: Method, percentile: float) -> tuple[float, int]:

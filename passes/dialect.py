@@ -102,6 +102,7 @@ SELF_ATTENTION = _register("self_attention", 2, _infer_self_attention)
 STACK = _register("stack", -1, _infer_stack)
 ACTIVATE = _register("activate", 1, _infer_same)
 ADD = _register("add", 2, _infer_same)
+SCALE_CHANNELS = _register("scale_channels", 2, _infer_same)
 POOL = _register("pool", 2, _infer_pool)
 NORMALIZE = _register("normalize", 1, _infer_same)
 STAY = _register("stay", 3, _infer_stay)
@@ -186,6 +187,15 @@ def activate(x: relax.Expr, *, kind: Activation) -> relax.Call:
 def add(x: relax.Expr, y: relax.Expr) -> relax.Call:
     """Element-wise sum of two tiles values."""
     return _call(ADD, [x, y])
+
+
+def scale_channels(x: relax.Expr, factors: relax.Expr) -> relax.Call:
+    """Multiply each channel by its factor, float32 ``(C,)``; tiles to tiles.
+
+    There is no kernel for it: the result can only be read by dense layers with one scale for all tokens, and what makes
+    ``x`` multiplies while it rounds.
+    """
+    return _call(SCALE_CHANNELS, [x, factors])
 
 
 def pool(x: relax.Expr, segments: relax.Expr, *, mode: Pooling) -> relax.Call:

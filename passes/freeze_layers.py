@@ -85,7 +85,8 @@ def layer_borders(graph: Graph) -> list[relax.Var]:
                 raise ValueError(
                     "freezing needs attention whose Q, K and V come from one dense layer; this model's do not"
                 )
-            borders.append(graph.source(qkv.args[0]))
+            read = graph.producer(qkv.args[0])
+            borders.append(graph.source(read.args[0] if is_call(read, dialect.SCALE_CHANNELS) else qkv.args[0]))
     if not borders:
         raise ValueError("freezing needs transformer layers; the model has none")
     return borders

@@ -69,26 +69,28 @@ def interpret(
     ids_list: Sequence[Ids],
     token_types: Sequence[Ids] | None = None,
     observe: Callable[[str, Rows], None] | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Rows:
     """Run ``module["main"]`` on requests of 1-D token ids; returns rows ``(tokens, C)`` or ``(requests, C)``.
 
     ``observe(name, rows)`` is called for the result of every op as it is computed, several times per variable:
-    once for each chunk of requests. Raises ValueError for ids outside a table and for ops outside the dialect.
+    once for each chunk of requests, of at most ``chunk_tokens`` tokens where there are several. It may change the rows
+    in place: later ops see that. Raises ValueError for ids outside a table and for ops outside the dialect.
     """
     if not ids_list:
         raise ValueError("ids_list is empty; expected at least one request")
     program = _Program(Graph(module))
     outputs = []
-    for first, last in _chunks([len(ids) for ids in ids_list]):
+    for first, last in _chunks([len(ids) for ids in ids_list], chunk_tokens):
         types = None if token_types is None else token_types[first:last]
         outputs.append(program.run(pack_requests(ids_list[first:last], types), observe))
     return np.concatenate(outputs)
 
 
-def _chunks(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _chunks(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
     first = tokens = 0
     for i, length in enumerate(lengths):
-        if tokens and tokens + length > CHUNK_TOKENS:
+        if tokens and tokens + length > most:
             yield first, i
             first, tokens = i, 0
         tokens += length
@@ -296,6 +298,10 @@ def _add(x: Rows, y: Rows) -> Rows:
     return x + y
 
 
+def _scale_channels(x: Rows, factors: Rows) -> Rows:
+    return x * factors
+
+
 def _pool(x: Rows, segments: list[tuple[int, int]], *, mode: str) -> Rows:
     reduce: dict[str, Callable[[Rows], Rows]] = {
         "mean": lambda rows: rows.mean(axis=0),
@@ -348,6 +354,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     "stack": _stack,
     "activate": _activate,
     "add": _add,
+    "scale_channels": _scale_channels,
     "pool": _pool,
     "normalize": _normalize,
     "stay": _stay,

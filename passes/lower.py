@@ -54,16 +54,18 @@ class Demand:
     forms: set[Form] = field(default_factory=set)
     scale: float = 1.0
     zero: int = 0
+    factors: Array | None = None
+    """What each channel of quads is multiplied by before it is rounded; None: by nothing."""
 
     @property
     def rounded(self) -> Form | None:
         """The form among them that dense layers multiply, if it is not tiles; a value has at most one."""
         return next((f for f in MADE if f in self.forms), None)
 
-    @property
-    def requant(self) -> Array:
-        """What a kernel that makes quads multiplies and adds: float32 (2,)."""
-        return np.array([1.0 / self.scale, self.zero], np.float32)
+    def requant(self, channels: int) -> Array:
+        """What a kernel that makes quads multiplies each channel by, and then adds: float32 (channels + 1,)."""
+        factors = np.ones(channels) if self.factors is None else self.factors
+        return np.append(factors / self.scale, self.zero).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class _Lowering:
             quantize=MADE[demand.rounded] if demand.rounded else "none",
         )
         inputs = [self.tiles(a) for a in call.args[:3]]
-        weights = [*word, position, token_type, gamma, beta, *self.requant(demand)]
+        weights = [*word, position, token_type, gamma, beta, *self.requant(var)]
         self.normalised(var, "embed", spec, embed, inputs, weights, spec.channels)
 
     def lower_layer_norm(self, var: relax.Var, call: relax.Call) -> None:
@@ -155,7 +157,7 @@ class _Lowering:
             eps=float(attributes(call)["eps"]),
             quantize=MADE[demand.rounded] if demand.rounded else "none",
         )
-        weights = [*(self.graph.constant(a) for a in call.args[1:]), *self.requant(demand)]
+        weights = [*(self.graph.constant(a) for a in call.args[1:]), *self.requant(var)]
         inputs = [self.tiles(call.args[0])]
         self.normalised(var, "layer_norm", spec, _layer_norm_in_place, inputs, weights, spec.channels)
 
@@ -219,7 +221,7 @@ class _Lowering:
         residual = [self.tiles(call.args[3])] if spec.residual else []
         arguments = [*inputs, *(self.weight(var.name, w) for w in weights), *dynamic, *residual]
         if output == "quads":
-            arguments += [self.weight(var.name, w) for w in self.requant(demand)]
+            arguments += [self.weight(var.name, w) for w in self.requant(var)]
         if output == "tiles":
             types = [self.tiles_type(var)]
         else:
@@ -290,6 +292,10 @@ class _Lowering:
             numbers = [np.array([score, float(attrs["v_scale"]) / demand.scale, demand.zero, 0.0], np.float32)]
         types = self.rounded_types(var, channels, form)
         self.forms[var, form] = self.call("attention", spec, generator, inputs, numbers, types, var.name)
+
+    def lower_scale_channels(self, var: relax.Var, call: relax.Call) -> None:
+        """Nothing is left to do: what made the value has scaled it while it was rounding it."""
+        self.forms[var, "quads"] = self.forms[self.graph.source(call.args[0]), "quads"]
 
     def lower_activate(self, var: relax.Var, call: relax.Call) -> None:
         spec = ActivateSpec(shape_of(var)[1], attributes(call)["kind"])
@@ -362,7 +368,7 @@ class _Lowering:
         spec = QuantizeSpec(channels, MADE[form])
         types = self.rounded_types(var, channels, form)
         self.forms[var, form] = self.call(
-            "quantize", spec, elementwise, [self.tiles(var)], self.requant(demand), types, var.name
+            "quantize", spec, elementwise, [self.tiles(var)], self.requant(var), types, var.name
         )
 
     # Pieces of a kernel call.
@@ -397,8 +403,9 @@ class _Lowering:
             relax.TensorType((first, channels, TILE), signed),
         ]
 
-    def requant(self, demand: Demand) -> list[Array]:
-        return [demand.requant] if demand.rounded == "quads" else []
+    def requant(self, var: relax.Var) -> list[Array]:
+        demand = self.demands[var]
+        return [demand.requant(shape_of(var)[1])] if demand.rounded == "quads" else []
 
     def weight(self, layer: str, array: Array) -> relax.Var:
         name = f"{layer}.{len(self.weights)}"
@@ -471,23 +478,26 @@ def _demands(graph: Graph) -> dict[relax.Var, Demand]:
     """Which forms every value is wanted in."""
     demands = {binding.var: Demand() for binding in graph.bindings}
 
-    def want(value: relax.Expr, form: Form, scale: float = 1.0, zero: int = 0) -> None:
+    def want(value: relax.Expr, form: Form, scale: float = 1.0, zero: int = 0, factors: Array | None = None) -> None:
         var = graph.source(value)
         demand = demands.get(var)
         if demand is None:
             return  # an input or a constant
-        if form == "quads" and "quads" in demand.forms and (scale, zero) != (demand.scale, demand.zero):
+        same = (scale, zero) == (demand.scale, demand.zero) and factors is demand.factors
+        if form == "quads" and "quads" in demand.forms and not same:
             raise ValueError(
                 f"{var.name} is wanted with scales {demand.scale} and {scale}; quantise gives one per value"
             )
         demand.forms.add(form)
         if form == "quads":
-            demand.scale, demand.zero = scale, zero
+            demand.scale, demand.zero, demand.factors = scale, zero, factors
 
     for binding in graph.bindings:
         call = binding.value
         if not isinstance(call, relax.Call) or is_call(call, dialect.QUANTIZED_WEIGHT):
             continue
+        if is_call(call, dialect.SCALE_CHANNELS):
+            continue  # it hands on what is wanted of it
         attrs = attributes(call)
         if is_call(call, dialect.DENSE):
             want(call.args[0], _input_form(attrs), float(attrs.get("x_scale", 1.0)), int(attrs.get("x_zero", 0)))
@@ -501,8 +511,13 @@ def _demands(graph: Graph) -> dict[relax.Var, Demand]:
                     want(argument, "tiles")
     want(graph.result, "tiles")
     for binding in reversed(graph.bindings):
-        if is_call(binding.value, dialect.MOVE):
-            moved = demands[binding.var]
-            for form in moved.forms:
-                want(binding.value.args[0], form, moved.scale, moved.zero)
+        wanted = demands[binding.var]
+        if is_call(binding.value, dialect.SCALE_CHANNELS):
+            x, factors = binding.value.args
+            if wanted.forms != {"quads"}:
+                raise ValueError(f"{binding.var.name} scales channels, so it can only be read as static integers")
+            want(x, "quads", wanted.scale, wanted.zero, graph.constant(factors))
+        elif is_call(binding.value, dialect.MOVE):
+            for form in wanted.forms:
+                want(binding.value.args[0], form, wanted.scale, wanted.zero, wanted.factors)
     return demands

@@ -14,16 +14,19 @@ from whet.progress import Progress
 from whet.schedules.isa import Isa
 
 from .choose_kernels import TYPICAL_TOKENS, Choice, choose_kernels
+from .correct_biases import correct_biases
 from .freeze_layers import freeze_layers
 from .fuse_activations import fuse_activations
 from .fuse_qkv import fuse_qkv
 from .fuse_residuals import fuse_residuals
+from .graph import Graph
 from .lower import Lowered, Tuned, lower, untuned
 from .pad_heads import pad_heads
 from .probe_layers import probe_layers
 from .prune_blocks import prune_blocks
-from .quantise import QuantisationConfig, quantise
+from .quantise import QuantisationConfig, integer_layers, quantise, raised_layers
 from .round_to_bf16 import round_to_bf16
+from .smooth_outliers import smooth_outliers
 
 if TYPE_CHECKING:
     from whet.caching.cache import Cache
@@ -60,6 +63,8 @@ class Compiled:
 
     lowered: Lowered
     choices: list[Choice]
+    raised: tuple[str, ...] = ()
+    """Layers that the budget of error gave more precision, and why."""
 
 
 def run_pipeline(
@@ -88,9 +93,16 @@ def run_pipeline(
             dump(module, "prune_blocks")
 
     if options.quantisation is not None:
-        with progress.phase("3 calibrate and quantise", len(requests)) as advance:
-            module = quantise(module, options.quantisation, requests, token_types, advance)
-            dump(module, "quantise")
+        with progress.phase("3 smooth outliers", len(requests)) as advance:
+            module = smooth_outliers(module, options.quantisation, requests, token_types, advance)
+            dump(module, "smooth_outliers")
+        judged = len(integer_layers(Graph(module))) if options.quantisation.max_error is not None else 0
+        with progress.phase("3 calibrate and quantise", len(requests) + judged) as advance:
+            quantised = quantise(module, options.quantisation, requests, token_types, advance)
+            dump(quantised, "quantise")
+        with progress.phase("3 correct biases"):
+            module = correct_biases(quantised, module, requests, token_types)
+            dump(module, "correct_biases")
 
     if options.bf16:
         with progress.phase("3 round to bfloat16"):
@@ -115,9 +127,10 @@ def run_pipeline(
             modules = [probe_layers(module) for module in modules]
 
     compiled = []
+    raised = raised_layers(module)
     with progress.phase("5 lower to kernels"):
         for chosen, made, isa in zip(modules, choices, options.isas, strict=True):
-            compiled.append(Compiled(lower(chosen, isa, options.max_length, options.tuned), made))
+            compiled.append(Compiled(lower(chosen, isa, options.max_length, options.tuned), made, raised))
             dump(compiled[-1].lowered.module, f"lower_{isa.name}")
     return compiled
 

@@ -12,7 +12,7 @@ from tvm import IRModule, relax
 
 from . import dialect
 from .graph import Graph, attributes, is_call, rewrite, weight_of
-from .quantise import joins_its_layers, why_float
+from .quantise import integer_layers, joins_its_layers
 
 SPARSE = 0.5
 """Share of zeros that no weight has by accident."""
@@ -21,9 +21,7 @@ SPARSE = 0.5
 def round_to_bf16(module: IRModule) -> IRModule:
     """Rewrite as the module docstring says."""
     graph = Graph(module)
-    layers = {
-        b.var: b.value for b in graph.bindings if is_call(b.value, dialect.DENSE) and why_float(graph, b.value) is None
-    }
+    layers = integer_layers(graph)
     attentions = {b.var for b in graph.bindings if joins_its_layers(graph, layers, b.var, b.value)}
 
     def visit(_builder: relax.BlockBuilder, var: relax.Var, call: relax.Call) -> relax.Expr:

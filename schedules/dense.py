@@ -22,8 +22,8 @@ class DenseKernel:
     """A kernel for one layer shape.
 
     ``func`` takes x, the packed weight arrays, scale f32 (N,) [int8 only], bias f32 (N,), [row_sums f32 (N,) and
-    token_params f32 (tiles, 2, 16) if per_token], [residual tiles], [requant f32 (2,) = 1/s, zero if output is quads],
-    and the output (three of them for "heads").
+    token_params f32 (tiles, 2, 16) if per_token], [residual tiles], [requant f32 (N + 1,) = 1/s of each channel, zero
+    if output is quads], and the output (three of them for "heads").
     """
 
     spec: DenseSpec

@@ -52,7 +52,8 @@ class QuantizeSpec:
     """Tiles to pairs or quads.
 
     bf16: arguments x ``(nt, C, 16)`` float32, pairs ``(nt, C/2, 16, 2)``, bits of bfloat16 as uint16. Static: arguments
-    x, requant ``(2,)`` float32 (1/s and zero point), quads ``(nt, C/4, 16, 4)`` uint8. Per token: x, quads,
+    x, requant ``(C + 1,)`` float32 (1/s of each channel, then the zero point of all), quads ``(nt, C/4, 16, 4)`` uint8.
+    Per token: x, quads,
     token_params ``(nt, 2, 16)`` float32 (s and s × zero point of each token).
     """
 
@@ -92,9 +93,20 @@ def words(quads: Any) -> Any:
     return named("words", view(quads, quads.shape[:3], "int32"))
 
 
+def declare_requant(channels: int) -> Any:
+    """Declare the parameter requant: 1/s of each channel, then the zero point of all."""
+    return parameter("requant", (channels + 1,), "float32")
+
+
+def quantize_channels(rows: Sequence[Any], first: Any, requant: Any, isa: Isa) -> Any:
+    """Four float32 vectors, the channels from ``first`` on, to one int32 vector of quads as ``requant`` says."""
+    inverses = [splat(requant[first + i], isa.lanes) for i in range(QUAD)]
+    return quantize4(rows, inverses, splat(requant[requant.shape[0] - 1], isa.lanes), isa.lanes)
+
+
 def quantize_rows(rows: Sequence[Any], inverse: Any, zero: Any, isa: Isa) -> Any:
     """Four float32 vectors, the channels of a quad, to one int32 vector of quads."""
-    return quantize4(rows, inverse, zero, isa.lanes)
+    return quantize4(rows, [inverse] * QUAD, zero, isa.lanes)
 
 
 def round_all(
@@ -109,10 +121,9 @@ def round_all(
         with T.serial(channels // 2) as pair:
             T.buffer_store(rounded, round_bf16(row(pair * 2), row(pair * 2 + 1)), [tile, pair, at])
     else:
-        inverse, zero = (T.Bind(splat(requant[i], isa.lanes)) for i in (0, 1))
         with T.serial(channels // QUAD) as quad:
             rows = [row(quad * QUAD + i) for i in range(QUAD)]
-            T.buffer_store(rounded, quantize_rows(rows, inverse, zero, isa), [tile, quad, at])
+            T.buffer_store(rounded, quantize_channels(rows, quad * QUAD, requant, isa), [tile, quad, at])
 
 
 def token_range(low: Any, high: Any, isa: Isa) -> tuple[Any, Any, Any]:
@@ -179,7 +190,7 @@ def _map(spec: ActivateSpec | AddSpec, isa: Isa, x: Any, tiles: Any) -> None:
 
 
 def _quantize(spec: QuantizeSpec, isa: Isa, x: Any, tiles: Any) -> None:
-    requant = parameter("requant", (2,), "float32") if spec.mode == "static" else None
+    requant = declare_requant(spec.channels) if spec.mode == "static" else None
     quads, token_params = declare_quads(spec.mode, tiles, spec.channels)
     lanes = isa.lanes
     with T.sblock("root"):

@@ -11,8 +11,9 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from whet.schedules.dense_spec import QUAD, DenseSpec
+from whet.schedules.elementwise import declare_requant, quantize_channels
 from whet.schedules.gemm import Block, named, parameter
-from whet.schedules.isa import TILE, Isa, fma, quantize4, round4, round_bf16, round_bf16_row, round_int, splat, view
+from whet.schedules.isa import TILE, Isa, fma, round4, round_bf16, round_bf16_row, round_int, splat, view
 from whet.schedules.vector_math import ACTIVATIONS, ROUGH_ACTIVATIONS
 
 
@@ -42,7 +43,7 @@ class Epilogue:
             row_sums=parameter("row_sums", (n,), "float32") if layer.per_token else None,
             token_params=parameter("token_params", (tiles, 2, TILE), "float32") if layer.per_token else None,
             residual=parameter("residual", (tiles, n, TILE), "float32") if layer.residual else None,
-            requant=parameter("requant", (2,), "float32") if layer.output == "quads" else None,
+            requant=declare_requant(n) if layer.output == "quads" else None,
             outputs=_declare_outputs(layer, tiles),
         )
 
@@ -105,14 +106,13 @@ class Epilogue:
         elif self.layer.output == "heads":
             self._store_head(row, where, values)
         else:
-            self._store_words(self.outputs[0], row, where, self._packed(values))
+            self._store_words(self.outputs[0], row, where, self._packed(row, values))
 
-    def _packed(self, values: list[Any]) -> list[Any]:
-        """Words of the next layer's input."""
+    def _packed(self, row: Any, values: list[Any]) -> list[Any]:
+        """Words of the next layer's input, from ``row`` and those after it."""
         if self.layer.output == "pairs":
             return _pairs(values)
-        inverse, zero = (splat(self.requant[i], self.isa.lanes) for i in (0, 1))
-        return [quantize4(values, inverse, zero, self.isa.lanes)]
+        return [quantize_channels(values, row, self.requant, self.isa)]
 
     def _store_words(self, out: Any, row: Any, where: Any, words: list[Any]) -> None:
         """Store the words of a quad of rows."""

@@ -245,6 +245,6 @@ def round4(rows: Sequence[Any], lanes: int, *, signed: bool = False) -> Any:
     return pack_bytes(round2(a, b, lanes), round2(c, d, lanes), lanes, signed=signed)
 
 
-def quantize4(rows: Sequence[Any], inverse: Any, zero: Any, lanes: int) -> Any:
+def quantize4(rows: Sequence[Any], inverses: Sequence[Any], zero: Any, lanes: int) -> Any:
     """Requantise: ``clamp(round_half_even(y · inverse + zero), 0, 255)`` of four float32 vectors, packed into one."""
-    return round4([fma(y, inverse, zero) for y in rows], lanes)
+    return round4([fma(y, inverse, zero) for y, inverse in zip(rows, inverses, strict=True)], lanes)

@@ -19,6 +19,7 @@ from whet.schedules.elementwise import (
     Quantization,
     check_quads,
     declare_quads,
+    declare_requant,
     lanes_of,
     quantize_tokens,
     round_all,
@@ -37,9 +38,9 @@ _CHAINS = 8
 class LayerNormSpec:
     """Layer norm of tiles, optionally rounded in the same pass.
 
-    Arguments: x ``(nt, C, 16)``, gamma and beta ``(C,)``, [requant ``(2,)``], h ``(nt, C, 16)``, all float32, [quads
-    ``(nt, C/4, 16, 4)`` uint8, or pairs ``(nt, C/2, 16, 2)``, bits of bfloat16 as uint16], [token_params ``(nt, 2,
-    16)`` float32]: requant if ``quantize`` is static, pairs if it is bf16, quads if it is static or per_token,
+    Arguments: x ``(nt, C, 16)``, gamma and beta ``(C,)``, [requant ``(C + 1,)``], h ``(nt, C, 16)``, all float32,
+    [quads ``(nt, C/4, 16, 4)`` uint8, or pairs ``(nt, C/2, 16, 2)``, bits of bfloat16 as uint16], [token_params ``(nt,
+    2, 16)`` float32]: requant if ``quantize`` is static, pairs if it is bf16, quads if it is static or per_token,
     token_params if it is per_token. h may be x.
     """
 
@@ -73,7 +74,7 @@ class Norm:
             isa,
             parameter("gamma", (spec.channels,), "float32"),
             parameter("beta", (spec.channels,), "float32"),
-            parameter("requant", (2,), "float32") if spec.quantize == "static" else None,
+            declare_requant(spec.channels) if spec.quantize == "static" else None,
             parameter("h", (tiles, spec.channels, TILE), "float32"),
             *declare_quads(spec.quantize, tiles, spec.channels),
         )

@@ -88,7 +88,7 @@ def _dense(
     if spec.residual:
         after.append(random.normal(size=(tiles, n, TILE)).astype(np.float32))
     if spec.output == "quads":
-        after.append(np.array([30, 128], np.float32))
+        after.append(np.array([30] * n + [128], np.float32))
     packed = dense(spec, isa(instance.isa), knobs).pack(weight)
     return [x], packed, [*after, *_outputs(spec, tiles)]
 

@@ -48,6 +48,7 @@ _FOR_ENCODERS = (
     "calibration",
     "calibration_method",
     "activations",
+    "max_error",
     "sparsity",
     "block_rows",
     "tokens",
@@ -134,7 +135,7 @@ def _compile(args: argparse.Namespace) -> None:
     import whet  # noqa: PLC0415 -- here and below: a command imports what it needs
 
     options = _given(args, *_SOURCE, "precision", "isa", "max_length", "dump_ir", "records", "freeze")
-    if settings := _given(args, "calibration_method", "activations"):
+    if settings := _given(args, "calibration_method", "activations", "max_error"):
         given = {name.removeprefix("calibration_"): value for name, value in settings.items()}
         options["quantisation"] = whet.QuantisationConfig(**given)
     if args.calibration is not None:
@@ -446,6 +447,13 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
         help="how ranges are chosen: %(choices)s; default mse",
     )
     _add_activations(quantisation)
+    quantisation.add_argument(
+        "--max-error",
+        metavar="SHARE",
+        type=float,
+        help="most squared error of the outputs on the calibration texts, as a share of their variance: layers that "
+        "cost most of it get a scale per token, or stay float32; default: no limit",
+    )
     sub.add_argument("--explain", action="store_true", help="print the decision for every layer")
     sub.add_argument("--dump-ir", metavar="DIR", help="write the graph after each pass, for people who work on Whet")
 

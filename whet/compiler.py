@@ -179,7 +179,7 @@ def compile(
         )
         compiled = run_pipeline(model.module, options, requests, token_types, clock)
         layers = [tuple(variant.choices) for variant in compiled]
-        notes += tuned.notes()
+        notes += tuned.notes() + compiled[0].raised
         describe = partial(_metadata, model, notes, precision, limit)
         with clock.phase("6 assemble"):
             entries = [f"main_{target.name}" for target in targets] if len(targets) > 1 else ["main"]

@@ -1,15 +1,20 @@
 import numpy as np
 import pytest
+from execute import program
 from graphs import build, encoder_layer, ops, requests
 from tvm import relax
 
 from whet.passes import dialect
+from whet.passes.error_budget import noise
 from whet.passes.fuse_activations import fuse_activations
 from whet.passes.fuse_qkv import fuse_qkv
 from whet.passes.fuse_residuals import fuse_residuals
 from whet.passes.graph import Graph, attributes, is_call
 from whet.passes.interpret import interpret
-from whet.passes.quantise import QuantisationConfig, quantise, quantise_weight
+from whet.passes.lower import lower
+from whet.passes.quantise import QuantisationConfig, quantise, quantise_weight, raised_layers
+from whet.passes.smooth_outliers import smooth_outliers
+from whet.schedules.isa import ISAS
 
 
 def fused(write):
@@ -66,6 +71,57 @@ def test_integer_weights_of_the_source_are_kept():
     np.testing.assert_array_equal(graph.constant(graph.producer(wide.args[1]).args[0]), values)
 
 
+@pytest.mark.parametrize("activations", ["static", "per_token"])
+def test_a_budget_of_error_is_kept_by_raising_layers(activations):
+    module, texts = fused(layer), requests(20, 31, 5, 9)
+    free = QuantisationConfig(activations=activations)
+    tight = QuantisationConfig(activations=activations, max_error=0.003)
+    reference = interpret(module, texts)
+    errors = {}
+    for config in (free, tight):
+        quantised = quantise(smooth_outliers(module, config, texts), config, texts)
+        errors[config] = noise(interpret(quantised, texts), reference)
+    assert errors[tight] <= 0.003 < errors[free]
+    raised = raised_layers(quantised)
+    assert 0 < len(raised) < 4
+    assert all("stays float32" in line or "scale per token" in line for line in raised)
+    floats = {name for name, a in dense_attributes(quantised).items() if not {"x_scale", "per_token"} & set(a)}
+    assert floats == {line.partition(":")[0] for line in raised if "float32" in line}
+
+
+@pytest.mark.parametrize("activations", ["static", "per_token"])
+@pytest.mark.parametrize(
+    ("raised", "level"),
+    [("context_qkv", "float32"), ("sum1", "float32"), ("gelu", "float32"), ("sum2", "per_token"), ("sum2", "float32")],
+)
+def test_compiled_with_a_raised_layer_it_computes_what_the_interpreter_does(monkeypatch, activations, raised, level):
+    def choose(ladders, *_):
+        levels = {var: level if var.name == raised else ladder[0] for var, ladder in ladders.items()}
+        return levels, {}
+
+    monkeypatch.setattr("whet.passes.quantise.choose_levels", choose)
+    config, texts = QuantisationConfig(activations=activations, max_error=1.0), requests(20, 31, 5, 9)
+    quantised = quantise(smooth_outliers(fused(layer), config, texts), config, texts)
+    lowered = lower(quantised, ISAS["avx2"], max_length=64)
+    got, want = program(lowered, ISAS["avx2"])(texts, False), interpret(quantised, texts)
+    assert np.linalg.norm(got - want) < 0.01 * np.linalg.norm(want)
+
+
+def test_a_budget_that_float_layers_cannot_meet_is_an_error():
+    with pytest.raises(ValueError, match=r"max_error is 1e-09.*embeddings"):
+        quantise(fused(layer), QuantisationConfig(max_error=1e-9), requests(20, 31))
+
+
+def test_a_raised_layer_reads_its_input_as_it_was():
+    """Without the scales of smoothing, which only static integers can take in."""
+    module, config = fused(layer), QuantisationConfig(activations="static", max_error=0.001)
+    texts = requests(20, 31, 5, 9)
+    graph = Graph(quantise(smooth_outliers(module, config, texts), config, texts))
+    dense = [b.value for b in graph.bindings if is_call(b.value, dialect.DENSE)]
+    scaled = [call for call in dense if is_call(graph.producer(call.args[0]), dialect.SCALE_CHANNELS)]
+    assert all("x_scale" in attributes(call) for call in scaled)
+
+
 def test_weights_round_symmetrically_and_keep_zeros():
     weight = np.float32([[1.27, -0.01, 0, 0.635], [0, 0, 0, 0]])
     values, scale = quantise_weight(weight)
@@ -76,6 +132,6 @@ def test_weights_round_symmetrically_and_keep_zeros():
 def test_configuration_round_trips_and_refuses_nonsense():
     config = QuantisationConfig(activations="static", method="percentile", percentile=99.9)
     assert QuantisationConfig.from_json(config.to_json()) == config
-    for bad in ({"activations": "dynamic"}, {"method": "kl"}, {"percentile": 20.0}, {"version": 2}):
+    for bad in ({"activations": "dynamic"}, {"method": "kl"}, {"percentile": 20.0}, {"max_error": 0.0}, {"version": 2}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             QuantisationConfig(**bad)

@@ -109,9 +109,14 @@ def requests_of(segments):
     return [(i, slice(s, s + n)) for i, (s, n) in enumerate(entries.tolist()) if n]
 
 
-def quantize(y, inverse, zero):
-    """float32 to uint8: round half to even, clamp."""
-    return np.clip(np.rint(y * inverse + zero), 0, 255)
+def requant(rng, channels, inverse, zero):
+    """What kernels quantise with: 1/s of each channel, around ``inverse``, and the zero point."""
+    return np.append(inverse * rng.uniform(0.5, 1.5, channels), zero).astype("float32")
+
+
+def quantize(y, requant):
+    """Rows of float32 to uint8: round half to even, clamp."""
+    return np.clip(np.rint(y * requant[:-1] + requant[-1]), 0, 255)
 
 
 def token_params(y):

@@ -39,7 +39,7 @@ def case(spec):
     if spec.residual:
         rest["residual"] = rng.normal(0, 2, (TILES, n, 16)).astype(np.float32)
     if spec.output == "quads":
-        rest["requant"] = np.array([1 / 0.02, 117], np.float32)
+        rest["requant"] = np.append(rng.uniform(30, 70, n), 117).astype(np.float32)
     return weight, rng.integers(0, 256, (TILES, k, 16)).astype(np.uint8), rest
 
 
@@ -58,7 +58,7 @@ def expected(spec, y, rest):
     if spec.output == "tiles":
         return [y]
     if spec.output == "quads":
-        return [to_quads(clamped(y * rest["requant"][0] + rest["requant"][1], 0, 255, np.uint8))]
+        return [to_quads(clamped(y * rest["requant"][:-1, None] + rest["requant"][-1], 0, 255, np.uint8))]
     q, k, v = np.split(y, 3, axis=1)
     return [
         to_quads(clamped(q + 128, 0, 255, np.uint8)),
@@ -100,7 +100,7 @@ def test_quantised_outputs_saturate_and_round_halves_to_even():
     rows[0, 0] = [0, 1, 2, 3, 4, 5, 6, 7, 255, 254, 253, 128, 129, 130, 131, 132]
     one, big = np.ones(4, np.float32), np.array([0, 1e9, -1e9, 0], np.float32)
     for isa in RUNNABLE:
-        got = run(spec, isa, weight, to_quads(rows), [one, big, np.array([0.5, 0], np.float32)])
+        got = run(spec, isa, weight, to_quads(rows), [one, big, np.array([0.5, 0.5, 0.5, 0.5, 0], np.float32)])
         np.testing.assert_array_equal(got[0, 0, :, 0], np.rint(rows[0, 0] / 2))
         assert (got[0, 0, :, 1] == 255).all()
         assert (got[0, 0, :, 2:] == 0).all()

@@ -26,13 +26,13 @@ def test_epilogue(isa, output):
     spec = DenseSpec(36, 20, "f32", activation="gelu", residual=True, output=output)
     weight, bias = rng.normal(0, 0.3, (36, 20)).astype(np.float32), rng.normal(size=36).astype(np.float32)
     x, residual = rng.normal(size=(4, 20, 16)).astype(np.float32), rng.normal(size=(4, 36, 16)).astype(np.float32)
-    requant = np.array([25, 100], np.float32)
+    requant = np.append(rng.uniform(15, 35, 36), 100).astype(np.float32)
     want = activate("gelu", product(weight, x) + bias[:, None]) + residual
     got = run(spec, isa, weight, x, [bias, residual, *([requant] if output == "quads" else [])])
     if output == "tiles":
         np.testing.assert_allclose(got, want, atol=5e-6)
     else:
-        off = got.astype(int) - to_quads(clamped(want * 25 + 100, 0, 255, np.uint8))
+        off = got.astype(int) - to_quads(clamped(want * requant[:-1, None] + requant[-1], 0, 255, np.uint8))
         assert np.abs(off).max() <= 1
         assert (off != 0).mean() < 0.01
 

@@ -31,11 +31,11 @@ def test_add(isa):
 @pytest.mark.parametrize("isa", oracles.NAMES)
 @pytest.mark.parametrize("scale", [1.0, 1e6])
 def test_quantize_static(isa, scale):
-    x, requant = tiles_of(50, 24, scale), np.array([42, 117], "float32")
+    x, requant = tiles_of(50, 24, scale), oracles.requant(np.random.default_rng(1), 24, 42, 117)
     kernel = oracles.build(elementwise, QuantizeSpec(24), isa)
     (quads,) = oracles.run(kernel, [x, requant], [((4, 6, 16, 4), "uint8")])
     exact = oracles.from_tiles(x).astype("float64")
-    np.testing.assert_array_equal(oracles.from_quads(quads), oracles.quantize(exact, *requant))
+    np.testing.assert_array_equal(oracles.from_quads(quads), oracles.quantize(exact, requant))
 
 
 @pytest.mark.parametrize("isa", oracles.NAMES)

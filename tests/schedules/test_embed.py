@@ -45,12 +45,12 @@ def test_plain(isa, table, tokens, channels):
 def test_static(isa):
     spec = EmbedSpec(50, 20, 1, 48, EPS, "i8", "static")
     inputs, expected = data(np.random.default_rng(1), spec, 20)
-    requant = np.array([50, 130], "float32")
+    requant = oracles.requant(np.random.default_rng(2), 48, 50, 130)
     h, quads = oracles.run(
         oracles.build(embed, spec, isa), [*inputs, requant], [((2, 48, 16), "float32"), ((2, 12, 16, 4), "uint8")]
     )
     np.testing.assert_allclose(oracles.from_tiles(h), expected, atol=1e-5)
-    np.testing.assert_array_equal(oracles.from_quads(quads), oracles.quantize(oracles.from_tiles(h), *requant))
+    np.testing.assert_array_equal(oracles.from_quads(quads), oracles.quantize(oracles.from_tiles(h), requant))
 
 
 @pytest.mark.parametrize("isa", oracles.BF16_NAMES)

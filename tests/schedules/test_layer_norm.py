@@ -44,15 +44,15 @@ def test_static(isa, zero):
     rng = np.random.default_rng(1)
     x = rng.normal(0, 2, (37, 64)).astype("float32")
     gamma, beta = parameters(rng, 64)
-    requant = np.array([40, zero], "float32")
+    requant = oracles.requant(rng, 64, 40, zero)
     kernel = oracles.build(layer_norm, LayerNormSpec(64, EPS, "static"), isa)
     tiles = oracles.to_tiles(x)
     h, quads = oracles.run(kernel, [tiles, gamma, beta, requant], [(tiles.shape, "float32"), ((3, 16, 16, 4), "uint8")])
     y = oracles.layer_norm(x, gamma, beta, EPS)
     np.testing.assert_allclose(oracles.from_tiles(h, 37), y, atol=1e-5)
-    np.testing.assert_array_equal(oracles.from_quads(quads), oracles.quantize(oracles.from_tiles(h), *requant))
+    np.testing.assert_array_equal(oracles.from_quads(quads), oracles.quantize(oracles.from_tiles(h), requant))
     got = oracles.from_quads(quads, 37).astype(int)
-    assert np.abs(got - oracles.quantize(y, *requant)).max() <= 1
+    assert np.abs(got - oracles.quantize(y, requant)).max() <= 1
     assert got.min() == 0 or zero > 128
     assert got.max() == 255 or zero < 128
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from oracles_dense import EVERY_ISA, product, random_blocks, run, to_quads
 
-from whet.schedules import sparse_channel_i8, sparse_i8, sparse_low_i8
+from whet.schedules import paired_i8, sparse_channel_i8, sparse_i8, sparse_low_i8
 from whet.schedules.dense import BLOCKS, DenseSpec, dense
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import ISAS
@@ -42,7 +42,7 @@ def test_shapes(isa, weight, block, n, k):
     check(DenseSpec(n, k, weight, *block), isa, w, rng.integers(0, 256, (4, k, 16)).astype(np.uint8))
 
 
-@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize("isa", [isa for isa in EVERY_ISA if isa.values[0].dot != "madd"])
 def test_activations_that_are_prefetched(isa):
     rng = np.random.default_rng(8)
     spec = DenseSpec(18, 6400, "i8_sparse", 4)
@@ -72,6 +72,16 @@ def test_extreme_values_do_not_saturate(isa, weight, block):
     for value in (127, -127, 0):
         check(spec, isa, np.full((50, 68), value, np.int8), rows)
     check(spec, isa, np.where(np.arange(68) % 2, 127, -127).astype(np.int8) * np.ones((50, 1), np.int8), rows)
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize(("weight", "block"), FAMILIES)
+@pytest.mark.parametrize("row", [0, 3, 49])
+def test_activations_that_drive_a_row_to_its_extremes_do_not_saturate(isa, weight, block, row):
+    w = random_blocks(np.random.default_rng(row), 50, 68, block[0], 0.5, block[1])
+    positive = np.where(w[row] > 0, 255, 0).astype(np.uint8)
+    rows = np.stack([positive, 255 - positive, np.full(68, 255, np.uint8)])
+    check(DenseSpec(50, 68, weight, *block), isa, w, np.repeat(rows[:, :, None], 16, 2))
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
@@ -135,6 +145,22 @@ def test_packed_channels_are_those_that_a_group_of_rows_keeps():
     assert (index.dtype, index.tolist()) == (np.uint16, [[1, 2, 3, 4], [5, 0, 0, 0]])
     assert blocks[0].tolist() == weight[4:, 1:5].tolist()
     assert blocks[1].tolist() == [[v, 0, 0, 0] for v in weight[4:, 5]]
+
+
+def test_packed_partners_stand_together():
+    weight = np.zeros((4, 12), np.int8)
+    weight[0, 0:2] = 100  # must be halved
+    weight[1, 8:10] = 27, 100
+    spec = DenseSpec(4, 12, "i8_sparse", 4)
+    bounds, order, indptr, index, blocks = paired_i8.pack(weight, spec, Blocking(2, 1, 1, 4))
+    assert (bounds.tolist(), order.tolist(), indptr.tolist()) == ([0, 1], [0], [0, 4, 4])
+    assert (index.dtype, index.tolist()) == (np.uint16, [32, 0, 0, 0])
+    assert blocks.tolist() == [
+        [ZERO, [27, 100, 0, 0]],
+        [[50, 50, 0, 0], ZERO],
+        [[50, 50, 0, 0], ZERO],
+        [ZERO, ZERO],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -53,22 +53,34 @@ def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
 
 
 def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray[Any]]:
-    """``(N, K)`` to five arrays: bounds, order, indptr, index, blocks.
+    """``(N, K)`` to eight arrays: bounds, order, indptr, index, flips, masks, corrections, blocks.
 
-    As ``sparse_i8.pack``, but for blocks of ``knobs.rows`` rows, and in the order of whet.schedules.pairing; ``index``
-    (uint16, or int32 for very wide layers) is the block's quad times 16.
+    Bounds, order, indptr and blocks are as in ``sparse_i8.pack``, for blocks of ``knobs.rows`` rows, in the order of
+    whet.schedules.pairing. ``index`` (uint16, or int32 for very wide layers) is a block's quad times 16, ``flips``
+    (uint8) says which channels of it are flipped, ``masks`` (int32) has for each value of that what activations are
+    xored with, and ``corrections`` (int32) is what to add to each row, in the order of computation.
     """
     n, k = weight.shape
     rows = knobs.rows
     padded = np.zeros((math.ceil(n / rows) * rows, k), np.int8)
     padded[:n] = weight
-    counts, quads, values = paired(padded.reshape(-1, rows, k // QUAD, QUAD).transpose(0, 2, 1, 3))
-    bounds, order, positions, indptr = by_length(counts, n, rows, knobs)
-    stored = np.arange(quads.shape[1]) < counts[positions, None]
-    index, blocks = quads[positions][stored] * TILE, values[positions][stored]
-    if not len(index):  # no array is empty, not even for a weight of zeros
-        index, blocks = np.zeros(2, np.int64), np.zeros((2, rows, QUAD), np.int8)
-    return [bounds, order, indptr.astype(np.int32), index.astype(_index_dtype(k)), blocks]
+    lists = paired(padded.reshape(-1, rows, k // QUAD, QUAD).transpose(0, 2, 1, 3))
+    bounds, order, positions, indptr = by_length(lists.counts, n, rows, knobs)
+    computed = np.argsort(np.argsort(positions).repeat(lists.counts), kind="stable")
+    index, flips, blocks = (a[computed] for a in (lists.quads * TILE, lists.flips, lists.weights))
+    if not len(computed):  # no array is empty, not even for a weight of zeros
+        index, flips, blocks = np.zeros(2, np.int64), np.zeros(2, np.int64), np.zeros((2, rows, QUAD), np.int8)
+    masks = np.array([sum(255 << 8 * c for c in range(QUAD) if bits >> c & 1) for bits in range(1 << QUAD)], np.uint32)
+    return [
+        bounds,
+        order,
+        indptr.astype(np.int32),
+        index.astype(_index_dtype(k)),
+        flips.astype(np.uint8),
+        masks.view(np.int32),
+        lists.corrections()[positions].reshape(-1).astype(np.int32),
+        blocks,
+    ]
 
 
 def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
@@ -83,6 +95,9 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
         order = parameter("order", (max(n // group, 1),), "int32")
         indptr = parameter("indptr", (math.ceil(n / rows) + 1,), "int32")
         index = parameter("index", (stored,), _index_dtype(spec.in_features))
+        flips = parameter("flips", (stored,), "uint8")
+        masks = parameter("masks", (1 << QUAD,), "int32")
+        corrections = parameter("corrections", (math.ceil(n / rows) * rows,), "int32")
         weight = parameter("weight", (stored, rows, QUAD), "int8")
         epilogue = Epilogue.declare(spec, isa, tiles)
         with T.sblock("root"):
@@ -100,34 +115,41 @@ def kernel(spec: DenseSpec, isa: Isa, knobs: Blocking) -> Any:
                 def step(j: Any, count: int, registers: Accumulators) -> None:
                     at = [T.Bind(T.cast(begin + j * 2, "int64") + i) for i in range(2)]
                     of_quads = [T.Bind(base + T.cast(index[a], "int64")) for a in at]
+                    flipped = [T.Bind(splat(masks[T.cast(flips[a], "int32")], isa.lanes)) for a in at]
                     columns = range(len(registers[0]))
-                    xs = [[T.Bind(vector_at(flat, q, c, quads * TILE, isa)) for q in of_quads] for c in columns]
+                    xs = [
+                        [T.Bind(vector_at(flat, q, c, quads * TILE, isa) ^ mask) for c in columns]
+                        for q, mask in zip(of_quads, flipped, strict=True)
+                    ]
                     for row in range(count):
-                        ws = [T.Bind(splat(words[a, row], isa.lanes)) for a in at]
-                        for register, x_pair in zip(registers[row], xs, strict=True):
-                            T.buffer_store(register, _add_products(register[0], x_pair, ws), [0])
+                        sums = [T.Bind(_products(x, splat(words[at[0], row], isa.lanes))) for x in xs[0]]
+                        second = T.Bind(splat(words[at[1], row], isa.lanes))
+                        for register, x, partner in zip(registers[row], xs[1], sums, strict=True):
+                            T.buffer_store(register, register[0] + _widened(partner + _products(x, second)), [0])
 
                 def ahead(j: Any) -> None:
                     prefetch(words, T.cast(begin + j * 2, "int64") + PREFETCH_BYTES // (rows * QUAD), 0)
 
                 accumulate(isa, knobs, work, accumulators, T.truncdiv(end - begin, 2), step, ahead, "int32")
+                for row, of_row in enumerate(accumulators):
+                    correction = T.Bind(splat(corrections[of_rows * rows + row], isa.lanes))
+                    for register in of_row:
+                        T.buffer_store(register, register[0] + correction, [0])
 
             ascending = Order(bound=lambda c: bounds[c], group=lambda position: order[position])
             loop_nest(isa, knobs, tiles, n, "int32", reduce, epilogue.emit, ascending)
     return builder.get()
 
 
-def _add_products(acc: Any, xs: list[Any], ws: list[Any]) -> Any:
-    """``acc + Σ x[i]·w[i]`` per lane over 4 bytes of two blocks, which keep the rule of whet.schedules.pairing."""
+def _products(x: Any, w: Any) -> Any:
+    """Sums of two neighbouring products of bytes, u8 × s8, in 16 bits."""
+    bytes_ = (T.reinterpret("int8x32", v) for v in (x, w))
+    return T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", *bytes_)
 
-    def call(dtype: str, name: str, a: Any, b: Any) -> Any:
-        return T.call_llvm_pure_intrin(dtype, f"llvm.x86.avx2.{name}", a, b)
 
-    first, second = (
-        call("int16x16", "pmadd.ub.sw", T.reinterpret("int8x32", x), T.reinterpret("int8x32", w))
-        for x, w in zip(xs, ws, strict=True)
-    )
-    return acc + call("int32x8", "pmadd.wd", first + second, splat(1, 16, "int16"))
+def _widened(sums: Any) -> Any:
+    """Sums of two neighbours in 32 bits."""
+    return T.call_llvm_pure_intrin("int32x8", "llvm.x86.avx2.pmadd.wd", sums, splat(1, 16, "int16"))
 
 
 def _index_dtype(in_features: int) -> str:

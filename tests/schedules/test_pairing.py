@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from whet.schedules.pairing import paired
+from whet.schedules.pairing import ROWS, paired
 
 
 def weights(kind, rows):
@@ -24,32 +24,44 @@ def weights(kind, rows):
 KINDS = ("uniform", "normal", "largest", "smallest", "alternating", "sparse", "one", "zeros")
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
+def lists_of(lists):
+    """Where each list's blocks stand."""
+    return np.split(np.arange(len(lists.quads)), np.cumsum(lists.counts)[:-1])
+
+
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_weight_is_kept_and_no_sum_overflows(kind, rows):
+def test_the_products_are_those_of_the_weights_and_no_sum_overflows(kind, rows):
     blocks = weights(kind, rows)
-    counts, quads, values = paired(blocks)
-    assert (counts % 2 == 0).all()
-    for of_list, count, quad, value in zip(blocks, counts, quads, values, strict=True):
-        total = np.zeros(of_list.shape, np.int64)
-        np.add.at(total, quad[:count], value[:count])
-        np.testing.assert_array_equal(total, of_list)
-        products = value[:count].astype(np.int64).reshape(count // 2, 2, rows, 2, 2) * 255
+    lists = paired(blocks)
+    x = np.random.default_rng(1).integers(0, 256, (24, 4))
+    x[::5] = 255
+    assert (lists.counts % 2 == 0).all()
+    for of_list, at, correction in zip(blocks, lists_of(lists), lists.corrections(), strict=True):
+        flipped = lists.flips[at, None] >> np.arange(4) & 1
+        weight = lists.weights[at].astype(np.int64)
+        seen = np.where(flipped, 255 - x[lists.quads[at]], x[lists.quads[at]])
+        got = (weight * seen[:, None]).sum(axis=(0, 2)) + correction
+        np.testing.assert_array_equal(got, (of_list.astype(np.int64) * x[:, None]).sum(axis=(0, 2)))
+        products = weight.reshape(len(at) // 2, 2, rows, 2, 2) * 255
         for extreme in (np.maximum(products, 0), np.minimum(products, 0)):  # activations 255 where it hurts, else 0
             sums = extreme.sum(axis=(1, 4))
             assert sums.max(initial=0) < 1 << 15 and sums.min(initial=0) >= -(1 << 15)
 
 
 def test_blocks_of_zeros_are_left_out():
-    counts, _, values = paired(weights("sparse", 4))
-    for count, value in zip(counts, values, strict=True):
-        assert value[:count].any(axis=(1, 2)).reshape(-1, 2).any(axis=1).all()
+    lists = paired(weights("sparse", 4))
+    assert lists.weights.any(axis=(1, 2)).reshape(-1, 2).any(axis=1).all()
 
 
-def test_weights_of_a_usual_layer_are_hardly_more_than_before():
-    rng = np.random.default_rng(0)
-    weight = rng.normal(size=(64, 768))
+def test_usual_weights_are_hardly_more_than_before():
+    weight = np.random.default_rng(0).normal(size=(64, 768))
     weight = np.rint(weight * 127 / np.abs(weight).max(1, keepdims=True)).astype(np.int8)
-    for rows, most in ((1, 1.05), (2, 1.09), (4, 1.16)):
-        counts, _, _ = paired(weight.reshape(-1, rows, 192, 4).transpose(0, 2, 1, 3))
-        assert counts.mean() < most * 192
+    for rows, most in zip(ROWS, (1.001, 1.01, 1.02), strict=True):
+        lists = paired(weight.reshape(-1, rows, 192, 4).transpose(0, 2, 1, 3))
+        assert lists.counts.mean() < most * 192
+
+
+def test_blocks_of_other_heights_are_refused():
+    with pytest.raises(ValueError, match="blocks of 3 rows"):
+        paired(np.zeros((1, 1, 3, 4), np.int8))

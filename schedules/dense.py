@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.schedules import dense_amx, dense_vector, expanded_amx, sparse_channel_i8, sparse_i8, sparse_low_i8
+from whet.schedules import dense_amx, dense_vector, expanded_amx, paired_i8, sparse_channel_i8, sparse_i8, sparse_low_i8
 from whet.schedules.dense_spec import BLOCKS, QUAD, DenseSpec, Output, Weight
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import Isa
@@ -42,6 +42,8 @@ def family_of(spec: DenseSpec, isa: Isa) -> Any:
         raise ValueError(f"there is no kernel for {isa.name} that expands the weights of {spec}; use i8_sparse or i8")
     if spec.weight == "i8_expanded":
         return expanded_amx
+    if paired_i8.supports(spec, isa):
+        return paired_i8
     if spec.weight == "i8_sparse":
         if spec.block_columns == 1:
             return sparse_channel_i8

@@ -1,4 +1,7 @@
-"""Dense layers with every weight: float32, bfloat16, or u8 activations × s8 weights accumulated exactly in int32."""
+"""Dense layers with every weight: float32, bfloat16, or u8 activations × s8 weights accumulated exactly in int32.
+
+Integers are for instruction sets with VNNI: on AVX2 see whet.schedules.paired_i8.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def default_knobs(spec: DenseSpec, isa: Isa) -> Blocking:
         return Blocking(rows=8, tiles=3, chains=16, chunk=64)
     if spec.weight == "f32":
         return Blocking(rows=6, tiles=1, chains=12, chunk=64)
-    return Blocking(rows=6 if isa.dot == "madd" else 4, tiles=1, chains=8, chunk=64)
+    return Blocking(rows=4, tiles=1, chains=8, chunk=64)
 
 
 def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray[Any]]:

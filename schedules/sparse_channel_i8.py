@@ -61,7 +61,7 @@ def pack(weight: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> list[NDArray
     groups = padded.reshape(-1, QUAD, k)
     present: NDArray[Any] = np.asarray(groups.any(axis=1))
     counts = np.ceil(present.sum(1) / QUAD).astype(np.int64)
-    bounds, order, positions, indptr = by_length(counts, spec, knobs)
+    bounds, order, positions, indptr = by_length(counts, n, QUAD, knobs)
     stored = max(int(indptr[-1]), 1)
     index, values = np.zeros((stored, QUAD), _index_dtype(k)), np.zeros((stored, QUAD, QUAD), np.int8)
     group_of, channel = np.nonzero(present[positions])

@@ -90,7 +90,7 @@ def pack(weight: NDArray[Any], spec: DenseSpec, knobs: SparseBlocking) -> list[N
     blocks = padded.reshape(-1, rows, k // QUAD, QUAD).transpose(0, 2, 1, 3)
     present: NDArray[Any] = np.asarray(blocks.any(axis=(2, 3)))
 
-    bounds, order, positions, indptr = by_length(present.sum(1), spec, knobs)
+    bounds, order, positions, indptr = by_length(present.sum(1), n, rows, knobs)
     stored = max(int(indptr[-1]), 1)  # no array is empty, not even for a weight of zeros
     index, values = np.zeros(stored + knobs.reach, _index_dtype(k)), np.zeros((stored, rows, QUAD), np.int8)
     group_of, quad = np.nonzero(present[positions])
@@ -99,13 +99,12 @@ def pack(weight: NDArray[Any], spec: DenseSpec, knobs: SparseBlocking) -> list[N
     return [bounds, order, indptr.astype(np.int32), index, values]
 
 
-def by_length(counts: NDArray[Any], spec: DenseSpec, knobs: Blocking) -> tuple[NDArray[Any], ...]:
+def by_length(counts: NDArray[Any], n: int, rows: int, knobs: Blocking) -> tuple[NDArray[Any], ...]:
     """Order groups by their number of blocks: bounds and order as in ``pack``, positions, indptr.
 
-    ``counts`` are the blocks of each ``spec.block_rows`` rows, which ``positions`` permutes to the order of
+    ``counts`` are the blocks of each ``rows`` of the ``n`` rows, which ``positions`` permutes to the order of
     computation.
     """
-    n, rows = spec.out_features, spec.block_rows
     group = group_rows(n, rows)
     whole, per_group = n // group, group // rows
     counts = counts + -counts % PADDING

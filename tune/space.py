@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from whet.schedules import amx, dense_amx, expanded_amx, sparse_channel_i8, sparse_i8, sparse_low_i8
+from whet.schedules import amx, dense_amx, expanded_amx, paired_i8, sparse_channel_i8, sparse_i8, sparse_low_i8
 from whet.schedules.attention import AttentionKnobs, AttentionSpec
 from whet.schedules.dense import DenseSpec, family_of
 from whet.schedules.isa import Isa, isa
@@ -76,6 +76,14 @@ def _dense(spec: DenseSpec, target: Isa, default: Knobs) -> dict[str, tuple[int,
     family = family_of(spec, target)
     if family in ON_TILES:
         return {"rows": (16, 32, 48), "tiles": (1, 2, 3), "chains": (1,), "chunk": chunks}
+    if family is paired_i8:
+        highest = spec.block_rows if spec.weight == "i8_sparse" else 8
+        return {
+            "rows": tuple(r for r in (1, 2, 4, 8) if r <= highest),
+            "tiles": (1, 2, 4),
+            "chains": (1,),
+            "chunk": chunks,
+        }
     tiles: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
     rows: tuple[int, ...] = (2, 4, 6, 8, 12, 16, 24)
     if family is sparse_channel_i8:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from oracles_dense import EVERY_ISA, product, random_blocks, run, to_quads
 
-from whet.schedules import sparse_channel_i8, sparse_i8, sparse_low_i8
+from whet.schedules import paired_i8, sparse_channel_i8, sparse_i8, sparse_low_i8
 from whet.schedules.dense import BLOCKS, DenseSpec, dense
 from whet.schedules.gemm import Blocking
 from whet.schedules.isa import ISAS
@@ -42,7 +42,7 @@ def test_shapes(isa, weight, block, n, k):
     check(DenseSpec(n, k, weight, *block), isa, w, rng.integers(0, 256, (4, k, 16)).astype(np.uint8))
 
 
-@pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize("isa", [isa for isa in EVERY_ISA if isa.values[0].dot != "madd"])
 def test_activations_that_are_prefetched(isa):
     rng = np.random.default_rng(8)
     spec = DenseSpec(18, 6400, "i8_sparse", 4)
@@ -75,14 +75,25 @@ def test_extreme_values_do_not_saturate(isa, weight, block):
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
+@pytest.mark.parametrize(("weight", "block"), FAMILIES)
+@pytest.mark.parametrize("row", [0, 3, 49])
+def test_activations_that_drive_a_row_to_its_extremes_do_not_saturate(isa, weight, block, row):
+    w = random_blocks(np.random.default_rng(row), 50, 68, block[0], 0.5, block[1])
+    positive = np.where(w[row] > 0, 255, 0).astype(np.uint8)
+    rows = np.stack([positive, 255 - positive, np.full(68, 255, np.uint8)])
+    check(DenseSpec(50, 68, weight, *block), isa, w, np.repeat(rows[:, :, None], 16, 2))
+
+
+@pytest.mark.parametrize("isa", EVERY_ISA)
 def test_knobs_change_the_code_but_not_the_result(isa):
     rng = np.random.default_rng(3)
     rows = rng.integers(0, 256, (7, 68, 16)).astype(np.uint8)
-    for knobs in (Blocking(rows=3, tiles=1, chains=24, chunk=8), Blocking(rows=1, tiles=2, chains=1, chunk=1000)):
+    rows_of_a_pass = 2 if isa.dot == "madd" else 3
+    for knobs in (Blocking(rows_of_a_pass, tiles=1, chains=24, chunk=8), Blocking(1, tiles=2, chains=1, chunk=1000)):
         check(DenseSpec(50, 68, "i8"), isa, random_blocks(rng, 50, 68, 4, 0.5), rows, knobs)
     knobs = Blocking(rows=4, tiles=2, chains=32, chunk=16)
     check(DenseSpec(50, 68, "i8_sparse", 4, 1), isa, random_blocks(rng, 50, 68, 4, 0.5, 1), rows, knobs)
-    knobs = Blocking(rows=6, tiles=1, chains=16, chunk=16)
+    knobs = Blocking(rows=4 if isa.dot == "madd" else 6, tiles=1, chains=16, chunk=16)
     check(DenseSpec(50, 68, "i8_sparse", 2), isa, random_blocks(rng, 50, 68, 2, 0.5), rows, knobs)
     for knobs in (
         SparseBlocking(rows=2, tiles=3, chains=32, chunk=16, ahead=0),
@@ -135,6 +146,18 @@ def test_packed_channels_are_those_that_a_group_of_rows_keeps():
     assert (index.dtype, index.tolist()) == (np.uint16, [[1, 2, 3, 4], [5, 0, 0, 0]])
     assert blocks[0].tolist() == weight[4:, 1:5].tolist()
     assert blocks[1].tolist() == [[v, 0, 0, 0] for v in weight[4:, 5]]
+
+
+def test_packed_partners_stand_together():
+    weight = np.zeros((4, 12), np.int8)
+    weight[0, 0:2] = 100  # above the limit, unless one is flipped
+    weight[0, 8:10] = 27  # fits only if one is flipped too
+    spec = DenseSpec(4, 12, "i8_sparse", 4)
+    bounds, order, indptr, index, flips, masks, corrections, blocks = paired_i8.pack(weight, spec, Blocking(2, 1, 1, 4))
+    assert (bounds.tolist(), order.tolist(), indptr.tolist()) == ([0, 1], [0], [0, 2, 2])
+    assert (index.dtype, index.tolist(), flips.tolist()) == (np.uint16, [0, 32], [2, 2])
+    assert (masks[2], corrections.tolist()) == (0xFF00, [255 * 127, 0, 0, 0])
+    assert blocks.tolist() == [[[100, -100, 0, 0], ZERO], [[27, -27, 0, 0], ZERO]]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ _FOLDS = 4
 _PRICES = np.geomspace(0.02, 5000.0, 40)
 """Of one wrong answer, in layers."""
 _STEPS = 20
+_ERRORS = 2.0
+"""Standard errors between a loss and the budget."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,10 @@ def choose(trust: Floats, loss: Floats, costs: Costs, budget: float) -> Choice:
 
     For each of many prices of a loss the thresholds are improved one layer at a time, each to its optimum, until they
     stay. The cheapest outcome within the budget is taken, or what lies between it and the next cheaper one, as far
-    towards that as the budget goes. Within it means: the mean loss plus its standard error, so that the budget also
-    holds for requests that were not seen. For the same reason the loss is cross-validated: requests are judged by
-    thresholds that were chosen without them, since the best threshold of many is partly a lucky one.
+    towards that as the budget goes. Within it means: the mean loss plus twice its standard error, so that the budget
+    also holds for requests that were not seen (with one, a quarter of fresh samples lost more). For the same reason
+    the loss is cross-validated: requests are judged by thresholds that were chosen without them, since the best
+    threshold of many is partly a lucky one.
 
     Args:
         trust: ``(layers, requests)``, in the cache after 0, 1, 2, … layers.
@@ -80,7 +83,7 @@ def choose(trust: Floats, loss: Floats, costs: Costs, budget: float) -> Choice:
     paths = [[_descend(trust[:, s], loss[:, s], costs, price) for s in seen] for price in _PRICES * costs.layer]
     paths.append([np.full(len(trust), NEVER)] * len(seen))
     choices = [judged(path) for path in paths]
-    fits = [i for i, c in enumerate(choices) if c.loss + c.error <= budget]
+    fits = [i for i, c in enumerate(choices) if c.loss + _ERRORS * c.error <= budget]
     best = min(fits, key=lambda i: choices[i].cost)
     cheaper = [i for i, c in enumerate(choices) if c.cost < choices[best].cost]
     if not cheaper:
@@ -90,7 +93,7 @@ def choose(trust: Floats, loss: Floats, costs: Costs, budget: float) -> Choice:
         judged([_between(a, b, w, trust[:, s]) for a, b, s in zip(paths[best], paths[next_one], seen, strict=True)])
         for w in np.linspace(0, 1, _STEPS + 1)[1:-1]
     ]
-    within = [c for c in between if c.loss + c.error <= budget]
+    within = [c for c in between if c.loss + _ERRORS * c.error <= budget]
     return min([choices[best], *within], key=lambda c: c.cost)
 
 

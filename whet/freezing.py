@@ -278,7 +278,7 @@ def _costs(plain: Session, asked: Session, texts: Sequence[Text], layers: int) -
                 session.logits([text])
                 best = min(best, time.thread_time() - start)
             taken.append(best)
-    without, never, at_once = (1e6 * float(np.mean(of_case)) for of_case in times)
-    cache = max(0.0, never - without) / layers
-    fixed = max(0.0, at_once - cache)
-    return Costs(fixed, max(0.0, without - fixed) / layers, cache)
+    without, never, at_once = 1e6 * np.array(times)
+    cache = max(0.0, float(np.median(never - without)) / layers)
+    fixed = max(0.0, float(np.median(at_once)) - cache)
+    return Costs(fixed, max(0.0, float(np.median(without)) - fixed) / layers, cache)

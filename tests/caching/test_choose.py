@@ -10,7 +10,7 @@ from whet.caching.choose import NEVER, Costs, choose, judge
 COSTS = Costs(20.0, 100.0, 5.0)
 
 
-def world(layers=3, requests=2000, seed=0):
+def world(layers=3, requests=1000, seed=0):
     """Trust in caches and what they lose: they get better from layer to layer; the sure ones are right more often."""
     rng = np.random.default_rng(seed)
     ease = rng.random(requests)
@@ -22,7 +22,7 @@ def world(layers=3, requests=2000, seed=0):
 @pytest.mark.parametrize("budget", [0.0, 0.005, 0.05, 0.3])
 def test_budget(budget):
     choice = choose(*world(), COSTS, budget)
-    assert choice.loss + choice.error <= budget
+    assert choice.loss + 2 * choice.error <= budget
     assert sum(choice.leave) == pytest.approx(1)
     assert choice.cost <= choice.plain_cost == 320
     if budget >= 0.05:
@@ -48,7 +48,7 @@ def test_the_report_is_what_the_thresholds_do():
 
 def test_the_loss_holds_for_requests_that_were_not_seen():
     for seed in range(3):
-        choice = choose(*world(requests=1000, seed=seed), COSTS, 0.03)
+        choice = choose(*world(seed=seed), COSTS, 0.03)
         fresh = judge(np.array(choice.thresholds), *world(requests=20000, seed=seed + 10), COSTS)
         assert abs(fresh.loss - choice.loss) < 2.5 * choice.error
 
@@ -70,8 +70,8 @@ def test_useless_caches_are_not_used():
 
 
 def test_close_to_the_best_of_all_combinations():
-    trust, loss = world(requests=4000)
+    trust, loss = world(requests=2000)
     choice = choose(trust, loss, COSTS, 0.1)
-    grid = [np.append(np.quantile(row, np.linspace(0, 1, 20)), NEVER) for row in trust]
+    grid = [np.append(np.quantile(row, np.linspace(0, 1, 14)), NEVER) for row in trust]
     tried = (judge(np.array(t), trust, loss, COSTS) for t in itertools.product(*grid))
-    assert choice.cost <= 1.1 * min(found.cost for found in tried if found.loss + found.error <= 0.1)
+    assert choice.cost <= 1.1 * min(found.cost for found in tried if found.loss + 2 * found.error <= 0.1)

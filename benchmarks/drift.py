@@ -20,7 +20,7 @@ from whet.evaluate import class_of
 from whet.freezing import fit
 from whet.progress import TerminalProgress
 
-REQUESTS, WINDOW, AUDIT = 6000, 500, 0.1
+REQUESTS, WINDOW, AUDIT = 4000, 400, 0.1
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ is not the model's own.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import threading
@@ -26,6 +27,8 @@ from whet.runtime.metadata import ArtifactError
 
 if TYPE_CHECKING:
     from whet.runtime.engine import Engine
+
+_log = logging.getLogger(__name__)
 
 WINDOW = 1000
 """Audited requests that thresholds follow from."""
@@ -136,6 +139,8 @@ class Auditor:
                 changed = self._apply()
                 if changed or self.count % _SAVE_EVERY == 0:
                     self._save()
+            except Exception:  # such as a full disk: the service goes on, and so does the thread
+                _log.exception("an audit of %s failed", self._engine.path)
             finally:
                 self._queue.task_done()
 

@@ -69,6 +69,15 @@ def test_what_was_seen_survives(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.so.audit"]
 
 
+def test_a_failure_is_told_and_survived(tmp_path, caplog):
+    _, watched = auditor(tmp_path)
+    watched.offer(np.array([0]), np.array([1]), np.arange(1), None)  # the caches want a second id
+    watched.wait()
+    assert f"an audit of {tmp_path / 'm.so'} failed" in caplog.text
+    serve(watched, 0, 3)
+    assert watched.count == 3
+
+
 def test_files_of_others_and_damaged_ones_are_refused(tmp_path):
     _, watched = auditor(tmp_path)
     serve(watched, 0, 3)

@@ -1,1 +1,1 @@
-"""Caches of what a network computed: learned ones after its layers answer requests that they recognise."""
+"""Caches of what a network computed: behind its layers they answer requests that they recognise."""

@@ -1,6 +1,7 @@
 """The freeze file: caches of one model, versioned; a NumPy archive without pickles, whose parts have checksums.
 
-``header`` is JSON as bytes, ``weight`` is float32 ``(caches, labels, channels)``, ``bias`` ``(caches, labels)``.
+``header`` is JSON as bytes; ``0.scale``, ``0.shift``, … are the arrays of the first cache, by their names in
+``whet.caching.cache.ARRAYS``.
 """
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from whet.caching.cache import Cache
+from whet.caching.cache import ARRAYS, Cache
 
-FORMAT = 1
+FORMAT = 2
 _KIND = "whet freeze"
 
 
@@ -35,6 +36,10 @@ class Freeze:
     """SHA-256 of its weights, hexadecimal."""
     precision: str
     """That of the module whose hidden states the caches were fitted to."""
+    layers: int
+    """Of the model."""
+    allowed_loss: float
+    """What audits put up with, see ``whet.runtime.metadata.Metadata.allowed_loss``."""
     caches: tuple[Cache, ...]
     fitted: dict[str, Any]
     """What fitting measured, for people."""
@@ -55,17 +60,17 @@ class Freeze:
 def save(freeze: Freeze, path: str | PathLike[str]) -> None:
     """Write the file; it appears only when it is complete. Raises FileNotFoundError where its folder is absent."""
     path = Path(path)
-    header = {"kind": _KIND, "format": FORMAT, **{k: v for k, v in asdict(freeze).items() if k != "caches"}}
-    header["caches"] = [{"layer": c.layer, "threshold": c.threshold} for c in freeze.caches]
+    header = {"kind": _KIND, "format": FORMAT, **{k: v for k, v in vars(freeze).items() if k != "caches"}}
+    header["caches"] = [{"layer": c.layer, "kind": c.kind, "threshold": c.threshold} for c in freeze.caches]
+    arrays: dict[str, Any] = {
+        f"{i}.{name}": array
+        for i, cache in enumerate(freeze.caches)
+        for name, array in zip(ARRAYS[cache.kind], cache.arrays, strict=True)
+    }
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            np.savez(
-                file,
-                header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-                weight=np.array([c.weight for c in freeze.caches], np.float32),
-                bias=np.array([c.bias for c in freeze.caches], np.float32),
-            )
+            np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -78,7 +83,7 @@ def load(path: str | PathLike[str]) -> Freeze:
     try:
         with np.load(path, allow_pickle=False) as archive:
             header = json.loads(archive["header"].tobytes())
-            weight, bias = archive["weight"], archive["bias"]
+            arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
@@ -94,9 +99,12 @@ def load(path: str | PathLike[str]) -> Freeze:
         )
     try:
         caches = tuple(
-            Cache(int(c["layer"]), w, b, float(c["threshold"]))
-            for c, w, b in zip(header["caches"], weight, bias, strict=True)
+            Cache(
+                int(c["layer"]), c["kind"], tuple(arrays[f"{i}.{n}"] for n in ARRAYS[c["kind"]]), float(c["threshold"])
+            )
+            for i, c in enumerate(header["caches"])
         )
-        return Freeze(header["model"], header["weights"], header["precision"], caches, header["fitted"])
+        identity = header["model"], header["weights"], header["precision"]
+        return Freeze(*identity, int(header["layers"]), float(header["allowed_loss"]), caches, header["fitted"])
     except (KeyError, TypeError, ValueError) as error:
         raise FreezeError(f"{path} is malformed ({error}); fit it again: whet freeze fit") from error

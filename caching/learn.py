@@ -1,4 +1,4 @@
-"""Fit a cache's predictor: multinomial logistic regression, distilled from the model's own answers."""
+"""Fit learned caches (GATI, arXiv 2101.07344): a linear predictor, distilled from the model's own answers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from whet.caching.cache import to_int8
 
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -22,8 +24,20 @@ def softmax(logits: Floats) -> Floats:
     return probabilities
 
 
-def fit_predictor(features: Floats, targets: Floats, steps: int = 2000, seed: int = 0) -> tuple[Floats, Floats]:
-    """Fit ``softmax(weight · feature + bias)`` to probabilities, by Adam (Kingma and Ba 2015) on the cross-entropy.
+def standardise(features: Floats) -> tuple[Floats, Floats]:
+    """Scale and shift ``(channels,)`` that give features ``(requests, channels)`` mean 0 and deviation 1."""
+    scale = (1 / (features.std(axis=0) + 1e-6)).astype(np.float32)
+    return scale, (-features.mean(axis=0) * scale).astype(np.float32)
+
+
+def linear(weight: Floats, bias: Floats, scale: Floats, shift: Floats) -> tuple[NDArray[Any], ...]:
+    """The arrays of a linear cache: ``weight`` ``(rows, channels)`` is for features that are scaled and shifted."""
+    rows, row_scale = to_int8(weight)
+    return scale, shift, rows, row_scale, bias
+
+
+def fit_classifier(features: Floats, targets: Floats, steps: int = 2000, seed: int = 0) -> tuple[NDArray[Any], ...]:
+    """Fit ``softmax(weight · z + bias)`` to probabilities, by Adam (Kingma and Ba 2015) on the cross-entropy.
 
     Args:
         features: float32 ``(requests, channels)``.
@@ -32,13 +46,16 @@ def fit_predictor(features: Floats, targets: Floats, steps: int = 2000, seed: in
         seed: of the order of requests.
 
     Returns:
-        float32 weight ``(labels, channels)`` and bias ``(labels,)``, for features as they are.
+        The arrays of a cache of the kind classifier.
 
     """
-    mean, deviation = features.mean(axis=0), features.std(axis=0) + np.float32(1e-6)
-    x = (features - mean) / deviation
+    scale, shift = standardise(features)
+    x: Floats = (features * scale + shift).astype(np.float32)
     rng = np.random.default_rng(seed)
-    parameters = [np.zeros((targets.shape[1], x.shape[1]), np.float32), np.zeros(targets.shape[1], np.float32)]
+    parameters: list[Floats] = [
+        np.zeros((targets.shape[1], x.shape[1]), np.float32),
+        np.zeros(targets.shape[1], np.float32),
+    ]
     moments: list[list[Any]] = [[np.zeros_like(p), np.zeros_like(p)] for p in parameters]
     batches = -(-len(x) // _BATCH)
     epochs = -(-steps // batches)
@@ -58,5 +75,4 @@ def fit_predictor(features: Floats, targets: Floats, steps: int = 2000, seed: in
                 unbiased = moment[1] / (1 - 0.999**step)
                 parameter -= rate / (1 - 0.9**step) * moment[0] / (np.sqrt(unbiased) + 1e-8)
     weight, bias = parameters
-    weight = weight / deviation
-    return weight, bias - weight @ mean
+    return linear(weight, bias, scale, shift)

@@ -138,7 +138,7 @@ int Run(const std::string& path, const std::string& runtime, const std::vector<i
 
   const char* text = static_cast<const char*>(Symbol(library, "whet_metadata"));
   json::Object metadata = json::Parse(ffi::String(text)).cast<json::Object>();
-  if (Get<int64_t>(metadata, "format") != 2) throw std::runtime_error("this program reads format 2 only");
+  if (Get<int64_t>(metadata, "format") != 3) throw std::runtime_error("this program reads format 3 only");
   metadata = ChooseVariant(metadata);
   if (Get<ffi::String>(metadata, "convention") != "packed") throw std::runtime_error("only packed modules are handled");
 
@@ -167,7 +167,9 @@ int Run(const std::string& path, const std::string& runtime, const std::vector<i
   const json::Object output = Get<json::Object>(metadata, "output");
   const bool per_token = Get<ffi::String>(output, "per") == "token";
   const int64_t channels = Get<int64_t>(output, "channels");
-  Buffer<float> values({per_token ? tiles : 1, channels, kTile});
+  // A module with caches says after how many layers each request was answered, and how far that is to be trusted.
+  const int64_t written = channels + (Get<json::Array>(metadata, "exits").size() ? 2 : 0);
+  Buffer<float> values({per_token ? tiles : 1, written, kTile});
 
   ffi::Function main = ffi::Module::LoadFromFile(path)->GetFunction(Get<ffi::String>(metadata, "entry")).value();
   main(tokens.tensor(), positions.tensor(), types.tensor(), segments.tensor(), weights, workspace.tensor(),
@@ -176,7 +178,7 @@ int Run(const std::string& path, const std::string& runtime, const std::vector<i
   // (tiles, channels, 16): column i is [i / 16][.][i % 16].
   for (int64_t i = 0; i < (per_token ? count : 1); ++i) {
     for (int64_t c = 0; c < channels; ++c) {
-      std::printf("%s%.9g", c ? " " : "", values[((i / kTile) * channels + c) * kTile + i % kTile]);
+      std::printf("%s%.9g", c ? " " : "", values[((i / kTile) * written + c) * kTile + i % kTile]);
     }
     std::printf("\n");
   }

@@ -14,6 +14,7 @@ Weights are ``(out_features, in_features)``, float32, or ``quantized_weight`` wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import tvm
@@ -82,12 +83,23 @@ def _infer_pool(call: relax.Call, _: Any) -> relax.TensorType:
     return _tiles(shape_of(call.args[1])[0], shape_of(call.args[0])[1])
 
 
+def _infer_lookup(call: relax.Call, _: Any) -> relax.TensorType:
+    rows, answers = call.args[4], call.args[7:]
+    outputs = shape_of(answers[0])[1] if answers else shape_of(rows)[0]
+    return _tiles(shape_of(call.args[1])[0], outputs)
+
+
 def _infer_stay(call: relax.Call, _: Any) -> relax.TensorType:
     return relax.TensorType((call.attrs["groups"], TILE, 2), "int32")
 
 
 def _infer_move(call: relax.Call, _: Any) -> relax.TensorType:
     return _tiles(call.attrs["tiles"], shape_of(call.args[0])[1])
+
+
+def _infer_settle(call: relax.Call, _: Any) -> relax.TensorType:
+    groups, channels, _lanes = shape_of(call.args[0])
+    return _tiles(groups, channels + 2)
 
 
 def _infer_quantized_weight(call: relax.Call, _: Any) -> relax.TensorType:
@@ -105,9 +117,10 @@ ADD = _register("add", 2, _infer_same)
 SCALE_CHANNELS = _register("scale_channels", 2, _infer_same)
 POOL = _register("pool", 2, _infer_pool)
 NORMALIZE = _register("normalize", 1, _infer_same)
+LOOKUP = _register("lookup", -1, _infer_lookup)
 STAY = _register("stay", 3, _infer_stay)
 MOVE = _register("move", 2, _infer_move)
-SETTLE = _register("settle", -1, _infer_same)
+SETTLE = _register("settle", -1, _infer_settle)
 QUANTIZED_WEIGHT = _register("quantized_weight", 2, _infer_quantized_weight)
 
 
@@ -209,15 +222,24 @@ def normalize(x: relax.Expr) -> relax.Call:
     return _call(NORMALIZE, [x])
 
 
-def stay(logits: relax.Expr, segments: relax.Expr, threshold: relax.Expr) -> relax.Call:
-    """Segments of the requests whose largest softmax probability is below ``threshold`` ``(1,)``, now side by side.
+def lookup(x: relax.Expr, segments: relax.Expr, *cache: relax.Expr, kind: str) -> relax.Call:
+    """What a cache answers each request: tiles ``(t, C, 16)`` to ``(g, outputs, 16)`` for segments ``(g, 16, 2)``.
 
-    Logits are tiles per request ``(g, C, 16)``. How many requests and tokens stay is not known before: attributes of
-    the call name both numbers, ``groups`` and ``tiles``. Segments that ``stay`` made also say which requests these are.
+    ``cache`` are the arrays of a ``whet.caching.cache.Cache`` of this kind, which says what they are. How far to trust
+    each answer is known to ``stay`` and ``settle``.
     """
-    return _call(
-        STAY, [logits, segments, threshold], groups=tirx.Var("groups", "int64"), tiles=tirx.Var("tiles", "int64")
-    )
+    return _call(LOOKUP, [x, segments, *cache], kind=kind)
+
+
+def stay(answer: relax.Expr, segments: relax.Expr, exits: relax.Expr, *, number: int) -> relax.Call:
+    """Segments of the requests whose ``lookup`` is trusted less than the threshold ``exits[1, number]``, side by side.
+
+    ``exits`` are float32 ``(2, caches)``: after how many layers each cache stands, and its threshold. How many requests
+    and tokens stay is not known before: attributes of the call name both numbers, ``groups`` and ``tiles``. Segments
+    that ``stay`` made also say which requests these are.
+    """
+    sizes = {unit: tirx.Var(unit, "int64") for unit in ("groups", "tiles")}
+    return _call(STAY, [answer, segments, exits], number=number, **sizes)
 
 
 def move(x: relax.Expr, segments: relax.Expr, *, tiles: tirx.Var) -> relax.Call:
@@ -228,12 +250,13 @@ def move(x: relax.Expr, segments: relax.Expr, *, tiles: tirx.Var) -> relax.Call:
     return _call(MOVE, [x, segments], tiles=tiles)
 
 
-def settle(logits: relax.Expr, *later: relax.Expr) -> relax.Call:
-    """The last answer that each request got: the logits ``(g, C, 16)`` of all, then of some, and their segments.
+def settle(first: relax.Expr, *later: relax.Expr, layers: Sequence[int]) -> relax.Call:
+    """The last answer that each request got, and two more channels: after how many layers, and how far it is trusted.
 
-    ``later`` are logits and the segments, made by ``stay``, in turn.
+    ``first`` is the ``lookup`` ``(g, C, 16)`` of all; ``later`` are answers of some, and the segments, made by
+    ``stay``, in turn; the last answer is the model's own, whose trust is 1. ``layers`` has a number for each answer.
     """
-    return _call(SETTLE, [logits, *later])
+    return _call(SETTLE, [first, *later], layers=list(layers))
 
 
 def quantized_weight(values: relax.Expr, scale: relax.Expr) -> relax.Call:

@@ -1,9 +1,9 @@
-"""Let requests leave after chosen layers, answered by learned caches (GATI, arXiv 2101.07344).
+"""Let requests leave after chosen layers, answered by caches (Freeze, arXiv 2002.02645; GATI, arXiv 2101.07344).
 
-Before: the dialect as ``lower`` takes it, with kernels chosen; the result is one column of logits per request. After:
-behind each chosen layer its hidden state is pooled and goes through the cache's predictor; the requests whose answer
-is not trusted go on, their tokens moved together, and the result is the last answer that each request got. All other
-layers stay as they are, so requests that run to the end get the answers that they had.
+Before: the dialect as ``lower`` takes it, with kernels chosen; the result is one column per request. After: behind each
+chosen layer the requests are looked up in its cache; those whose answer is not trusted go on, their tokens moved
+together. The result is the last answer that each request got, and two more channels: after how many layers, and the
+trust in it. All other layers stay as they are, so requests that run to the end get the answers that they had.
 """
 
 from __future__ import annotations
@@ -28,33 +28,36 @@ def freeze_layers(module: IRModule, caches: Sequence[Cache]) -> IRModule:
     graph = Graph(module)
     borders = layer_borders(graph)
     result = graph.source(graph.result)
-    labels, channels = dialect.shape_of(result)[1], dialect.shape_of(borders[0])[1]
-    cuts: dict[relax.Var, Cache] = {}
-    for cache in caches:
-        if not 1 <= cache.layer < len(borders):
-            raise ValueError(f"a cache stands after layer {cache.layer}; expected 1 to {len(borders) - 1}")
-        if cache.weight.shape != (labels, channels) or cache.bias.shape != (labels,):
+    expected = dialect.shape_of(borders[0])[1], dialect.shape_of(result)[1]
+    caches = sorted(caches, key=lambda cache: cache.layer)
+    cuts: dict[relax.Expr, int] = {}
+    for number, cache in enumerate(caches):
+        if not 0 <= cache.layer < len(borders):
+            raise ValueError(f"a cache stands after layer {cache.layer}; expected 0 to {len(borders) - 1}")
+        if (cache.channels, cache.outputs) != expected:
             raise ValueError(
-                f"the cache after layer {cache.layer} has a weight {cache.weight.shape} and a bias {cache.bias.shape}; "
-                f"expected {(labels, channels)} and {(labels,)}"
+                f"the cache after layer {cache.layer} is for {cache.channels} channels and {cache.outputs} outputs; "
+                f"the model has {expected[0]} and {expected[1]}"
             )
         _check_cut(graph, borders[cache.layer], cache.layer)
-        cuts[borders[cache.layer]] = cache
+        cuts[borders[cache.layer]] = number
+    # One array for all, which holds nothing else: a session may change its thresholds.
+    exits = relax.const(np.array([[c.layer for c in caches], [c.threshold for c in caches]], np.float32))
     segments: relax.Expr = graph.params[3]
     replaced: dict[relax.Var, relax.Expr] = {}
     answers: list[relax.Expr] = []
 
-    def cut(builder: relax.BlockBuilder, h: relax.Var, cache: Cache) -> None:
+    def cut(builder: relax.BlockBuilder, h: relax.Var, number: int) -> None:
         nonlocal segments
+        cache = caches[number]
         name = f"cache{cache.layer}"
-        mean = builder.emit(dialect.pool(h, segments, mode="mean"), name_hint=f"{name}_mean")
-        weights = (relax.const(np.asarray(w, np.float32)) for w in (cache.weight, cache.bias))
-        logits = builder.emit(dialect.dense(mean, *weights), name_hint=f"{name}_logits")
-        threshold = relax.const(np.array([cache.threshold], np.float32))
-        stay = dialect.stay(logits, segments, threshold)
+        answer = builder.emit(
+            dialect.lookup(h, segments, *map(relax.const, cache.arrays), kind=cache.kind), name_hint=f"{name}_answer"
+        )
+        stay = dialect.stay(answer, segments, exits, number=number)
         segments = builder.emit(stay, name_hint=f"{name}_segments")
         replaced[h] = builder.emit(dialect.move(h, segments, tiles=stay.attrs["tiles"]), name_hint=f"{name}_moved")
-        answers.extend((logits, segments))
+        answers.extend((answer, segments))
 
     def visit(builder: relax.BlockBuilder, var: relax.Var, call: relax.Call) -> relax.Expr:
         old = graph.values[var]
@@ -70,7 +73,7 @@ def freeze_layers(module: IRModule, caches: Sequence[Cache]) -> IRModule:
         first, *later = [*answers, builder.emit(call, name_hint=f"{var.name}_last")]
         # Each answer is for the requests of the segments before it.
         pairs = [value for i in range(0, len(later), 2) for value in (later[i + 1], later[i])]
-        return dialect.settle(first, *pairs)
+        return dialect.settle(first, *pairs, layers=[*(cache.layer for cache in caches), len(borders)])
 
     return rewrite(module, visit)
 

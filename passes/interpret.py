@@ -19,6 +19,7 @@ import tvm
 from tvm import relax
 from tvm.ir.expr import GenericConst
 
+from whet.caching.cache import look_up
 from whet.schedules import bfloat16
 
 from .dialect import PREFIX
@@ -156,12 +157,12 @@ def _embed(
     *,
     eps: float,
 ) -> Rows:
-    total = _lookup("token id", ids, word) + _lookup("position", positions, position)
-    total += _lookup("token type", token_types, token_type)
+    total = _rows_of("token id", ids, word) + _rows_of("position", positions, position)
+    total += _rows_of("token type", token_types, token_type)
     return _layer_norm(total, gamma, beta, eps=eps)
 
 
-def _lookup(what: str, indices: Ids, table: Rows) -> Rows:
+def _rows_of(what: str, indices: Ids, table: Rows) -> Rows:
     bad = indices[(indices < 0) | (indices >= len(table))]
     if bad.size:
         raise ValueError(f"{what} {bad[0]} is outside the table of {len(table)} rows")
@@ -320,9 +321,21 @@ def _normalize(x: Rows) -> Rows:
     return x / norm
 
 
-def _stay(logits: Rows, segments: list[tuple[int, int]], threshold: Rows, **_sizes: Any) -> Staying:
-    exps = np.exp(logits - logits.max(axis=1, keepdims=True))
-    staying = np.flatnonzero(exps.sum(axis=1) * threshold[0] > 1)
+class Answers(np.ndarray[Any, Any]):
+    """Rows that ``lookup`` gives, and how far each is trusted."""
+
+    trust: Rows
+
+
+def _look_up(x: Rows, segments: list[tuple[int, int]], *cache: Any, kind: str) -> Answers:
+    answers, trust = look_up(_pool(x, segments, mode="mean"), *cache, kind=kind)
+    found = answers.view(Answers)
+    found.trust = trust
+    return found
+
+
+def _stay(answers: Answers, segments: list[tuple[int, int]], exits: Rows, *, number: int, **_sizes: Any) -> Staying:
+    staying = np.flatnonzero(answers.trust < exits[1, number])
     numbers = segments.requests if isinstance(segments, Staying) else np.arange(len(segments))
     spans = [segments[i] for i in staying]
     tokens = [np.arange(start, start + length) for start, length in spans]
@@ -334,10 +347,14 @@ def _move(x: Rows, segments: Staying, **_sizes: Any) -> Rows:
     return moved
 
 
-def _settle(logits: Rows, *later: Any) -> Rows:
-    out = logits.copy()
-    for some, segments in zip(later[::2], later[1::2], strict=True):
-        out[segments.requests] = some
+def _settle(first: Answers, *later: Any, layers: Sequence[int]) -> Rows:
+    def with_source(answers: Rows, layer: int) -> Rows:
+        trust = answers.trust if isinstance(answers, Answers) else np.ones(len(answers), np.float32)
+        return np.column_stack([answers, np.full(len(answers), layer), trust]).astype(np.float32)
+
+    out = with_source(first, layers[0])
+    for some, segments, layer in zip(later[::2], later[1::2], layers[1:], strict=True):
+        out[segments.requests] = with_source(some, layer)
     return out
 
 
@@ -357,6 +374,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     "scale_channels": _scale_channels,
     "pool": _pool,
     "normalize": _normalize,
+    "lookup": _look_up,
     "stay": _stay,
     "move": _move,
     "settle": _settle,

@@ -19,6 +19,7 @@ from tvm import IRModule, relax, tirx
 
 from whet.schedules.attention import AttentionSpec, attention
 from whet.schedules.bfloat16 import to_bits
+from whet.schedules.cache_lookup import LookupSpec, lookup, pack_rows
 from whet.schedules.dense import BLOCKS, DenseSpec, Output, Weight, dense
 from whet.schedules.early_exit import MoveSpec, SettleSpec, StaySpec, move, settle, stay
 from whet.schedules.elementwise import ActivateSpec, AddSpec, Quantization, QuantizeSpec, elementwise
@@ -34,8 +35,9 @@ from .dialect import TILE, shape_of
 from .graph import Graph, attributes, is_call, weight_of
 
 Array: TypeAlias = np.ndarray[Any, Any]
-Form: TypeAlias = Literal["tiles", "pairs", "quads", "dynamic", "heads", "requests", "sources"]
-"""``requests`` and ``sources`` are what ``stay`` makes beside segments, see ``StaySpec``."""
+Form: TypeAlias = Literal["tiles", "pairs", "quads", "dynamic", "heads", "requests", "sources", "trust"]
+"""The last three stand beside others: ``requests`` and ``sources`` beside the segments that ``stay`` makes, ``trust``
+beside what ``lookup`` answers."""
 Tuned: TypeAlias = Callable[[DenseSpec | AttentionSpec, Isa, float], Any]
 """Asked once for every use of a kernel that has knobs, with the share of its blocks that hold anything (1 if it is not
 sparse): returns the knobs to generate it with, or None for its defaults."""
@@ -315,20 +317,33 @@ class _Lowering:
             self.builder.emit(relax.op.concat([self.tiles(a) for a in call.args], axis=1), name_hint=var.name),
         )
 
+    def lower_lookup(self, var: relax.Var, call: relax.Call) -> None:
+        x, segments, *cache = call.args
+        scale, shift, rows, row_scale, row_bias, *table = map(self.graph.constant, cache)
+        spec = LookupSpec(rows.shape[1], len(rows), shape_of(var)[1], attributes(call)["kind"])
+        arrays = [scale, shift, *pack_rows(spec, rows, row_scale, row_bias), *table]
+        first = self.first(segments)
+        types = [self.tiles_type(var), relax.TensorType((first, TILE), "float32")]
+        made = self.call(
+            "lookup", spec, _streaming_lookup, [self.tiles(x), self.tiles(segments)], arrays, types, var.name
+        )
+        self.forms[var, "tiles"], self.forms[var, "trust"] = made[:1], made[1:]
+
     def lower_stay(self, var: relax.Var, call: relax.Call) -> None:
-        logits, segments, threshold = call.args
-        source = self.graph.source(segments)
-        requests = self.forms.get((source, "requests"), ())
-        spec = StaySpec(shape_of(logits)[1], numbered=bool(requests))
-        groups, tiles = (attributes(call)[unit] for unit in ("groups", "tiles"))
+        answer, segments = map(self.graph.source, call.args[:2])
+        exits = self.graph.constant(call.args[2])
+        requests = self.forms.get((segments, "requests"), ())
+        attrs = attributes(call)
+        spec = StaySpec(int(attrs["number"]), exits.shape[1], numbered=bool(requests))
+        groups, tiles = attrs["groups"], attrs["tiles"]
         types = [
             relax.TensorType((groups, TILE, 2), "int32"),
             relax.TensorType((groups, TILE), "int32"),
             relax.TensorType((tiles, TILE), "int32"),
             relax.TensorType((3,), "int32"),
         ]
-        inputs = [self.tiles(logits), self.tiles(source), *requests]
-        made = self.call("stay", spec, _stay_live, inputs, [self.graph.constant(threshold)], types, var.name)
+        inputs = [*self.forms[answer, "trust"], self.tiles(segments), *requests]
+        made = self.call("stay", spec, _stay_live, inputs, [exits], types, "exits")
         self.forms[var, "tiles"] = made[:1]
         self.forms[var, "requests"] = made[1:2]
         self.forms[var, "sources"] = made[2:3]
@@ -345,11 +360,11 @@ class _Lowering:
             self.forms[var, form] = made[1:]
 
     def lower_settle(self, var: relax.Var, call: relax.Call) -> None:
-        first, *later = call.args
-        inputs = [self.tiles(first)]
-        for logits, segments in zip(later[::2], later[1::2], strict=True):
-            inputs += [self.tiles(logits), *self.forms[self.graph.source(segments), "requests"]]
-        spec = SettleSpec(shape_of(var)[1], len(later) // 2)
+        answer, *later = map(self.graph.source, call.args)
+        inputs = [self.tiles(answer), *self.forms[answer, "trust"]]
+        for some, segments in zip(later[::2], later[1::2], strict=True):
+            inputs += [self.tiles(some), *self.forms.get((some, "trust"), ()), *self.forms[segments, "requests"]]
+        spec = SettleSpec(shape_of(answer)[1], tuple(int(n) for n in attributes(call)["layers"]))
         self.forms[var, "tiles"] = self.call("settle", spec, settle, inputs, [], [self.tiles_type(var)], var.name)
 
     def simple(self, var: relax.Var, name: str, key: Hashable, generator: Any, args: list[relax.Expr]) -> None:
@@ -454,6 +469,10 @@ class _Lowering:
 
 def _layer_norm_in_place(spec: LayerNormSpec, isa: Isa) -> tirx.PrimFunc:
     return layer_norm(spec, isa).with_attr(OVERWRITES, 0)
+
+
+def _streaming_lookup(spec: LookupSpec, isa: Isa) -> tirx.PrimFunc:
+    return lookup(spec, isa).with_attr(READS_ALL_WEIGHTS, True)
 
 
 def _stay_live(spec: StaySpec, isa: Isa) -> tirx.PrimFunc:

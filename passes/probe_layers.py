@@ -1,8 +1,8 @@
 """Make a module show what its layers know of a request: what caches are fitted to.
 
-Before: as ``freeze_layers`` takes it. After: the result, per request, is the mean of the hidden state after each layer
-but the last, one after the other along the channels, and then the logits. All layers stay as they are, so the hidden
-states are those of the module that the caches will be compiled into.
+Before: as ``freeze_layers`` takes it. After: the result, per request, is the mean of the hidden state that each layer
+reads, one after the other along the channels, and then the model's own answer. All layers stay as they are, so the
+hidden states are those of the module that the caches will be compiled into.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .graph import Graph, rewrite
 def probe_layers(module: IRModule) -> IRModule:
     """Rewrite as the module docstring says."""
     graph = Graph(module)
-    borders = layer_borders(graph)[1:]
+    borders = layer_borders(graph)
     result = graph.source(graph.result)
     new: dict[relax.Var, relax.Expr] = {}
 
@@ -27,7 +27,7 @@ def probe_layers(module: IRModule) -> IRModule:
             return call
         means = [
             builder.emit(dialect.pool(new[h], graph.params[3], mode="mean"), name_hint=f"mean{i}")
-            for i, h in enumerate(borders, 1)
+            for i, h in enumerate(borders)
         ]
         return dialect.stack(*means, builder.emit(call, name_hint=f"{var.name}_last"))
 

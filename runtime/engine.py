@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from whet.runtime.artifact import Artifact
+from whet.runtime.audit import Auditor
 from whet.runtime.cpu import choose_variant
 from whet.runtime.ffi import tvm_ffi
 from whet.runtime.library import load_runtime
@@ -49,6 +50,14 @@ class Engine:
             if packed
             else tvm_ffi.convert([tvm_ffi.from_dlpack(array) for array in artifact.weights(self.metadata)])
         )
+        # Views of this session's own mapping: what is written there no other session sees.
+        named = zip(self.metadata.weights, artifact.weights(self.metadata), strict=True) if self.metadata.exits else ()
+        exits = next((array for weight, array in named if weight.name.startswith("exits.")), None)
+        self.thresholds: NDArray[Any] | None = None if exits is None else exits[1]
+        """Trust from which each cache answers, float32 ``(caches,)``, in the order of ``metadata.exits``; None without
+        caches. Writing to it changes this session alone, from its next call on."""
+        self.auditor: Auditor | None = None
+        """What watches the caches, if anything does."""
         self._local = threading.local()
         self._helpers: dict[int, ThreadPoolExecutor] = {}
 
@@ -154,18 +163,31 @@ class Engine:
         self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any], types: NDArray[Any] | None
     ) -> NDArray[np.float32]:
         """Run whole requests in calls of at most ``max_tokens`` tokens. Positions have been checked."""
+        rows = self.traced(ids, lengths, positions, types)
+        if self.auditor is not None:
+            self.auditor.offer(ids, lengths, positions, types)
+        return np.ascontiguousarray(rows[:, : self.metadata.output.channels])
+
+    def traced(
+        self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any], types: NDArray[Any] | None
+    ) -> NDArray[np.float32]:
+        """Rows as :meth:`run_packed` gives them, and two more channels: after how many layers, and the trust.
+
+        For modules with caches; not audited. Arguments as of ``run_packed``, which have been checked.
+        """
         self._check_tokens(ids, types)
         if lengths.size and lengths.max() > self.metadata.max_length:
             raise ValueError(self._too_long(f"request {np.argmax(lengths)} has {lengths.max()} tokens"))
         per_token = self.metadata.output.per == "token"
-        out = np.empty((len(ids) if per_token else len(lengths), self.metadata.output.channels), np.float32)
+        channels = self.metadata.output.channels + 2 * bool(self.metadata.exits)
+        out = np.empty((len(ids) if per_token else len(lengths), channels), np.float32)
         start = 0
         for requests in split(lengths, self.metadata.max_tokens):
             tokens = slice(start, start + int(lengths[requests].sum()))
             rows = tokens if per_token else requests
             args = pack(ids[tokens], positions[tokens], 0 if types is None else types[tokens], lengths[requests])
             units = args[0] if per_token else args[3]
-            tiles = aligned((len(units), self.metadata.output.channels, TILE), np.float32)
+            tiles = aligned((len(units), channels, TILE), np.float32)
             self._call(self._invoke_packed, [*args, tiles])
             out[rows] = unpack(tiles, rows.stop - rows.start)
             start = tokens.stop

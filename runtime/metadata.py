@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-FORMAT = 2
+FORMAT = 3
 """Format of the artefact; a runtime reads exactly the one it was written for."""
 
 ALIGNMENT = 64
@@ -72,6 +72,12 @@ class Metadata:
     """Flags, named as in ``/proc/cpuinfo``, without which the code must not run."""
     max_tokens: int
     """Most packed tokens a single call takes."""
+    exits: tuple[int, ...] = ()
+    """After how many layers requests may be answered, the last number being all; empty without caches. With them the
+    code writes two more channels, see ``whet.passes.dialect.settle``, and reads the weight ``exits.…``, which it is
+    fine to change in a session's own memory: float32 ``(2, caches)``, the caches' layers and thresholds."""
+    allowed_loss: float = 0.0
+    """Share of all requests that audits let caches answer with another class than the model's own."""
     entry: str = "main"
     """Name of the function that runs the model."""
     workspace_per_tile: int = 0
@@ -136,7 +142,7 @@ def _parse(document: dict[str, Any]) -> Metadata:
     try:
         known["output"] = Output(**known["output"])
         known["weights"] = tuple(Weight(**{**w, "shape": tuple(w["shape"])}) for w in known.get("weights", ()))
-        for name in ("inputs", "labels", "cpu_flags", "report", "notes"):
+        for name in ("inputs", "labels", "cpu_flags", "exits", "report", "notes"):
             known[name] = tuple(known.get(name, ()))
         return Metadata(**known)
     except (TypeError, KeyError, ValueError) as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from whet.runtime.artifact import Artifact
 from whet.runtime.engine import Engine
+from whet.runtime.packing import positions_within
 from whet.runtime.spans import best_answers, merge_windows, sigmoid, softmax, words
 from whet.runtime.text import Text, Tokenizer, check_text, check_texts
 
@@ -54,6 +55,17 @@ class Answer(TypedDict):
     start: int
     end: int
     score: float
+
+
+class Trace(NamedTuple):
+    """Where requests of a module with caches were answered."""
+
+    answers: NDArray[np.float32]
+    """Logits ``(texts, labels)``."""
+    layers: NDArray[np.int64]
+    """``(texts,)``: how many layers ran."""
+    trust: NDArray[np.float32]
+    """``(texts,)``: in the cache that answered, in its own units; 1 of requests that ran to the end."""
 
 
 class Session(Engine):
@@ -113,6 +125,18 @@ class Session(Engine):
         """Return what :meth:`classify` computes its scores from, float32 ``(texts, labels)``."""
         self._expect("classify", "sequence_classification")
         return self._rows(check_texts(texts, pairs=True))
+
+    def trace(self, texts: Text | Iterable[Text]) -> Trace:
+        """Answer texts, or pairs, and say where each was answered; for modules compiled with caches."""
+        if not self.metadata.exits:
+            raise ValueError(f"{self.path} has no caches; compile the model with freeze=")
+        checked = check_texts(texts, pairs=True)
+        parts = []
+        for chunk in self._chunks(checked):
+            ids, lengths, types = self._ids(self._tokenizer.encode(chunk))
+            parts.append(self.traced(ids, lengths, positions_within(lengths), types))
+        rows = np.concatenate(parts)
+        return Trace(rows[:, :-2], rows[:, -2].astype(np.int64), rows[:, -1])
 
     def score(self, pairs: Iterable[tuple[str, str]]) -> NDArray[np.float32]:
         """Score how well each second text answers the first, with a reranker (a classifier with a single label).
@@ -205,16 +229,25 @@ class Session(Engine):
 
     def _rows(self, texts: list[Text]) -> NDArray[np.float32]:
         """One row of output per text or pair."""
-        chunks = [texts[i : i + _TEXTS_AT_ONCE] for i in range(0, len(texts), _TEXTS_AT_ONCE)] or [texts]
-        return np.concatenate([self._run_encodings(self._tokenizer.encode(chunk)) for chunk in chunks])
+        return np.concatenate([self._run_encodings(self._tokenizer.encode(chunk)) for chunk in self._chunks(texts)])
+
+    def _chunks(self, texts: list[Text]) -> list[list[Text]]:
+        return [texts[i : i + _TEXTS_AT_ONCE] for i in range(0, len(texts), _TEXTS_AT_ONCE)] or [texts]
 
     def _run_encodings(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
+        ids, lengths, types = self._ids(encodings)
+        return self._run_requests(ids, lengths, types)
+
+    def _ids(
+        self, encodings: Sequence[Encoding]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32] | None]:
+        """Token ids, lengths and token types, as ``run_packed`` takes them."""
         ids = np.array([i for e in encodings for i in e.ids], np.int32)
         # Models without token types have one, 0, whatever the tokenizer says.
         types = None
         if self.metadata.type_vocab_size > 1:
             types = np.array([i for e in encodings for i in e.type_ids], np.int32)
-        return self._run_requests(ids, np.array([len(e) for e in encodings], np.int64), types)
+        return ids, np.array([len(e) for e in encodings], np.int64), types
 
     def _windows(self, encodings: Sequence[Encoding]) -> Iterator[NDArray[np.float32]]:
         """Rows per token of each encoding."""

@@ -1,7 +1,7 @@
 """What lets requests of a batch leave early: who stays, where their tokens move to, and who is answered by what.
 
-``stay`` trusts an answer by its largest softmax probability, and closes the ranks of the requests that it does not
-trust. How many they are is known to the kernel alone, so it writes the sizes of its outputs beside them.
+``stay`` closes the ranks of the requests whose answer is not trusted enough. How many they are is known to the kernel
+alone, so it writes the sizes of its outputs beside them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from tvm.script.ir_builder import tirx as T
 
 from whet.schedules.elementwise import Quantization, declare_quads, lanes_of, words
 from whet.schedules.gemm import named, parameter
-from whet.schedules.isa import TILE, Isa, splat
-from whet.schedules.vector_math import exp
+from whet.schedules.isa import TILE, Isa
 
 NOBODY = -1
 """Number of the request of an unused entry."""
@@ -26,15 +25,17 @@ NOBODY = -1
 class StaySpec:
     """The choice of requests that stay.
 
-    Arguments: logits ``(ng, C, 16)`` float32, segments ``(ng, 16, 2)`` int32, requests ``(ng, 16)`` int32 (the number
-    of each entry's request; without them, ``numbered`` False, entries count from 0), threshold ``(1,)`` float32.
-    Outputs: segments and requests of those that stay, in the same order; sources ``(nt, 16)`` int32, for every token
-    its number before; live ``(3,)`` int32, the sizes of these three.
+    Arguments: trust ``(ng, 16)`` float32, segments ``(ng, 16, 2)`` int32, requests ``(ng, 16)`` int32 (the number of
+    each entry's request; without them, ``numbered`` False, entries count from 0), exits ``(2, caches)`` float32, whose
+    second row holds thresholds, the one of this cache at ``number``. Outputs: segments and requests of those that stay,
+    in the same order; sources ``(nt, 16)`` int32, for every token its number before; live ``(3,)`` int32, the sizes of
+    these three.
 
-    An entry leaves if its largest softmax probability reaches the threshold. Lanes past the last token repeat it.
+    An entry leaves if its trust reaches the threshold. Lanes past the last token repeat it.
     """
 
-    labels: int
+    number: int
+    caches: int
     numbered: bool
 
 
@@ -52,26 +53,27 @@ class MoveSpec:
 
 @dataclass(frozen=True)
 class SettleSpec:
-    """The last answer that each request got.
+    """The last answer that each request got, after how many layers it came, and how far it is trusted.
 
-    Arguments: logits ``(ng, C, 16)`` float32 of all requests; ``later`` times logits ``(ng', C, 16)`` of some, and the
-    numbers of those, ``(ng', 16)`` int32; out ``(ng, C, 16)``.
+    Arguments: answer ``(ng, C, 16)`` and trust ``(ng, 16)`` float32 of all requests; then answer ``(ng', C, 16)`` and
+    trust ``(ng', 16)`` of some, and the numbers of those, ``(ng', 16)`` int32, for each further number of layers but
+    the last, whose answers have no trust: it is 1. out ``(ng, C + 2, 16)``: the answer, layers, trust.
     """
 
-    labels: int
-    later: int
+    outputs: int
+    layers: tuple[int, ...]
 
 
-def stay(spec: StaySpec, isa: Isa) -> tirx.PrimFunc:
+def stay(spec: StaySpec, _isa: Isa) -> tirx.PrimFunc:
     """Kernel for the choice of those that stay, serial; the arguments are the specification's."""
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("stay")
             groups, tiles = named("groups", T.int64()), named("tiles", T.int64())
-            logits = parameter("logits", (groups, spec.labels, TILE), "float32")
+            trust = parameter("trust", (groups, TILE), "float32")
             segments = parameter("segments", (groups, TILE, 2), "int32")
             requests = parameter("requests", (groups, TILE), "int32") if spec.numbered else None
-            threshold = parameter("threshold", (1,), "float32")
+            exits = parameter("exits", (2, spec.caches), "float32")
             kept = parameter("kept_segments", (groups, TILE, 2), "int32")
             numbers = parameter("kept_requests", (groups, TILE), "int32")
             sources = parameter("sources", (tiles, TILE), "int32")
@@ -79,24 +81,20 @@ def stay(spec: StaySpec, isa: Isa) -> tirx.PrimFunc:
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                sums = named("sums", T.alloc_buffer((TILE,), "float32"))
                 count, end = T.alloc_buffer((1,), "int32"), T.alloc_buffer((1,), "int32")
                 T.buffer_store(count, T.int32(0), [0])
                 T.buffer_store(end, T.int32(0), [0])
-                with T.serial(groups) as group:
-                    _softmax_sums(spec, isa, logits, group, sums)
-                    with T.serial(TILE) as lane:
-                        start = named("start", T.Bind(segments[group, lane, 0]))
-                        length = named("length", T.Bind(segments[group, lane, 1]))
-                        # The largest probability is 1 / sum.
-                        with T.If(tirx.all(length > 0, sums[lane] * threshold[0] > T.float32(1))), T.Then():
-                            entry, first = T.Bind(count[0]), T.Bind(end[0])
-                            number = T.cast(group * TILE + lane, "int32") if requests is None else requests[group, lane]
-                            _enter(kept, numbers, entry, (first, length), number)
-                            with T.serial(length) as i:
-                                _set(sources, first + i, start + i)
-                            T.buffer_store(count, entry + 1, [0])
-                            T.buffer_store(end, first + length, [0])
+                with T.serial(groups) as group, T.serial(TILE) as lane:
+                    start = named("start", T.Bind(segments[group, lane, 0]))
+                    length = named("length", T.Bind(segments[group, lane, 1]))
+                    with T.If(tirx.all(length > 0, trust[group, lane] < exits[1, spec.number])), T.Then():
+                        entry, first = T.Bind(count[0]), T.Bind(end[0])
+                        number = T.cast(group * TILE + lane, "int32") if requests is None else requests[group, lane]
+                        _enter(kept, numbers, entry, (first, length), number)
+                        with T.serial(length) as i:
+                            _set(sources, first + i, start + i)
+                        T.buffer_store(count, entry + 1, [0])
+                        T.buffer_store(end, first + length, [0])
                 groups_left = T.Bind((count[0] + (TILE - 1)) // TILE)
                 tiles_left = T.Bind((end[0] + (TILE - 1)) // TILE)
                 with T.serial(groups_left * TILE - count[0]) as i:
@@ -107,20 +105,6 @@ def stay(spec: StaySpec, isa: Isa) -> tirx.PrimFunc:
                 for i, size in enumerate((groups_left, groups_left, tiles_left)):
                     T.buffer_store(live, size, [i])
         return builder.get()
-
-
-def _softmax_sums(spec: StaySpec, isa: Isa, logits: Any, group: Any, sums: Any) -> None:
-    """Σ exp(logit − largest logit) of every column."""
-    with T.serial(isa.parts) as part:
-        at = lanes_of(part, isa)
-        largest, total = isa.register("float32"), isa.register("float32")
-        T.buffer_store(largest, logits[group, 0, at], [0])
-        with T.serial(spec.labels) as c:
-            T.buffer_store(largest, T.max(largest[0], logits[group, c, at]), [0])
-        T.buffer_store(total, splat(0.0, isa.lanes), [0])
-        with T.serial(spec.labels) as c:
-            T.buffer_store(total, total[0] + exp(logits[group, c, at] - largest[0], isa.lanes), [0])
-        T.buffer_store(sums, total[0], [at])
 
 
 def _enter(segments: Any, requests: Any, entry: Any, bounds: tuple[Any, Any], request: Any) -> None:
@@ -177,28 +161,45 @@ def _declare(spec: MoveSpec, prefix: str, tiles: Any) -> list[Any]:
     return [x, *(form for form in declare_quads(spec.quantize, tiles, spec.channels) if form is not None)]
 
 
-def settle(spec: SettleSpec, isa: Isa) -> tirx.PrimFunc:
+def settle(spec: SettleSpec, _isa: Isa) -> tirx.PrimFunc:
     """Kernel that gathers the answers, serial; the arguments are the specification's."""
+    first, *later, last = spec.layers
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("settle")
             groups = named("groups", T.int64())
-            first = parameter("logits", (groups, spec.labels, TILE), "float32")
-            later = []
-            for i in range(1, spec.later + 1):
-                left = named(f"groups_{i}", T.int64())
-                logits = parameter(f"logits_{i}", (left, spec.labels, TILE), "float32")
-                later.append((left, logits, parameter(f"requests_{i}", (left, TILE), "int32")))
-            out = parameter("out", (groups, spec.labels, TILE), "float32")
+            answer = parameter("answer", (groups, spec.outputs, TILE), "float32")
+            trust = parameter("trust", (groups, TILE), "float32")
+            some = []
+            for layer in (*later, last):
+                left = named(f"groups_{layer}", T.int64())
+                some.append(
+                    (
+                        layer,
+                        left,
+                        parameter(f"answer_{layer}", (left, spec.outputs, TILE), "float32"),
+                        None if layer == last else parameter(f"trust_{layer}", (left, TILE), "float32"),
+                        parameter(f"requests_{layer}", (left, TILE), "int32"),
+                    )
+                )
+            out = parameter("out", (groups, spec.outputs + 2, TILE), "float32")
+
+            def put(of: tuple[Any, Any], to: tuple[Any, Any], values: Any, layer: int, trusted: Any) -> None:
+                (group, lane), (to_group, to_lane) = of, to
+                with T.serial(spec.outputs) as c:
+                    T.buffer_store(out, values[group, c, lane], [to_group, c, to_lane])
+                T.buffer_store(out, T.float32(layer), [to_group, spec.outputs, to_lane])
+                T.buffer_store(out, trusted, [to_group, spec.outputs + 1, to_lane])
+
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                with T.serial(groups) as group, T.serial(spec.labels) as c, T.serial(isa.parts) as part:
-                    at = lanes_of(part, isa)
-                    T.buffer_store(out, first[group, c, at], [group, c, at])
-                for left, logits, requests in later:
+                with T.serial(groups) as group, T.serial(TILE) as lane:
+                    put((group, lane), (group, lane), answer, first, trust[group, lane])
+                for layer, left, values, trusts, requests in some:
                     with T.serial(left) as group, T.serial(TILE) as lane:
                         number = named("number", T.Bind(requests[group, lane]))
-                        with T.If(number != NOBODY), T.Then(), T.serial(spec.labels) as c:
-                            T.buffer_store(out, logits[group, c, lane], [number // TILE, c, number % TILE])
+                        with T.If(number != NOBODY), T.Then():
+                            trusted = T.float32(1) if trusts is None else trusts[group, lane]
+                            put((group, lane), (number // TILE, number % TILE), values, layer, trusted)
         return builder.get()

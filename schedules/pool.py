@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
@@ -14,6 +15,8 @@ from whet.schedules.gemm import named, parameter
 from whet.schedules.isa import TILE, Isa, fma, splat
 from whet.schedules.layer_norm import sum_rows
 from whet.schedules.tiles import transpose
+
+Combine: TypeAlias = Callable[[Any, Any], Any]
 
 _LOWEST = -3.4028234663852886e38
 _SMALLEST_NORM = 1e-12
@@ -69,46 +72,72 @@ def pool(spec: PoolSpec, isa: Isa) -> tirx.PrimFunc:
 
 
 def _reduce(spec: PoolSpec, isa: Isa, x: Any, tokens: tuple[Any, Any], out: Any, request: tuple[Any, Any]) -> None:
-    lanes = isa.lanes
-    start, length = tokens
+    whole, rest = divmod(spec.channels, isa.lanes)
+    vector, scalar = {"mean": (mean_of_channels, mean_of_channel), "max": (_max_of_channels, _max_of_channel)}[
+        spec.mode
+    ]
     group, column = request
-    whole, rest = divmod(spec.channels, lanes)
-    mean = spec.mode == "mean"
-    neutral = 0.0 if mean else _LOWEST
-    divisor = named("divisor", T.Bind(T.cast(T.max(length, 1), "float32")))
-
-    def combine(a: Any, b: Any) -> Any:
-        return a + b if mean else T.max(a, b)
 
     def store(value: Any, c: Any) -> None:
-        value = value / divisor if mean else value
-        T.buffer_store(out, T.Select(length > 0, value, T.float32(0)), [group, c, column])
+        T.buffer_store(out, T.Select(tokens[1] > 0, value, T.float32(0)), [group, c, column])
 
-    first = named("first_block", T.Bind(start // lanes))
-    blocks = named("blocks", T.Bind((start + length + lanes - 1) // lanes - first))
     with T.serial(whole) as i:
-        c = i * lanes
-        result = isa.register("float32")
-        T.buffer_store(result, splat(neutral, lanes), [0])
-        with T.serial(blocks) as b:
-            token = T.Bind((first + b) * lanes)
-            at = lanes_of(token % TILE // lanes, isa)
-            rows = transpose([T.Bind(x[token // TILE, c + j, at]) for j in range(lanes)])
-            for j, row in enumerate(rows):
-                inside = tirx.all(token + j >= start, token + j < start + length)
-                chosen = T.Select(T.broadcast(inside, lanes), row, splat(neutral, lanes))
-                T.buffer_store(result, combine(result[0], chosen), [0])
-        value = T.Bind(result[0])
-        for j in range(lanes):
-            store(tirx.Shuffle([value], [j]), c + j)
+        value = T.Bind(vector(isa, x, tokens, i * isa.lanes))
+        for j in range(isa.lanes):
+            store(tirx.Shuffle([value], [j]), i * isa.lanes + j)
     if rest:
         with T.serial(rest) as i:
-            result = T.alloc_buffer((1,), "float32")
-            T.buffer_store(result, T.float32(neutral), [0])
-            with T.serial(length) as j:
-                token = start + j
-                T.buffer_store(result, combine(result[0], x[token // TILE, whole * lanes + i, token % TILE]), [0])
-            store(result[0], whole * lanes + i)
+            store(scalar(x, tokens, whole * isa.lanes + i), whole * isa.lanes + i)
+
+
+def mean_of_channels(isa: Isa, x: Any, tokens: tuple[Any, Any], c: Any) -> Any:
+    """Mean over the tokens ``(start, length)`` of tiles ``x``, as a vector of the channels from ``c`` on."""
+    return _over_tokens(isa, x, tokens, c, 0.0, lambda a, b: a + b) / splat(_divisor(tokens), isa.lanes)
+
+
+def mean_of_channel(x: Any, tokens: tuple[Any, Any], c: Any) -> Any:
+    """The same of one channel."""
+    return _of_channel(x, tokens, c, 0.0, lambda a, b: a + b) / _divisor(tokens)
+
+
+def _max_of_channels(isa: Isa, x: Any, tokens: tuple[Any, Any], c: Any) -> Any:
+    return _over_tokens(isa, x, tokens, c, _LOWEST, T.max)
+
+
+def _max_of_channel(x: Any, tokens: tuple[Any, Any], c: Any) -> Any:
+    return _of_channel(x, tokens, c, _LOWEST, T.max)
+
+
+def _divisor(tokens: tuple[Any, Any]) -> Any:
+    return T.cast(T.max(tokens[1], 1), "float32")
+
+
+def _over_tokens(isa: Isa, x: Any, tokens: tuple[Any, Any], c: Any, neutral: float, combine: Combine) -> Any:
+    lanes = isa.lanes
+    start, length = tokens
+    first = named("first_block", T.Bind(start // lanes))
+    blocks = named("blocks", T.Bind((start + length + lanes - 1) // lanes - first))
+    result = isa.register("float32")
+    T.buffer_store(result, splat(neutral, lanes), [0])
+    with T.serial(blocks) as b:
+        token = T.Bind((first + b) * lanes)
+        at = lanes_of(token % TILE // lanes, isa)
+        rows = transpose([T.Bind(x[token // TILE, c + j, at]) for j in range(lanes)])
+        for j, row in enumerate(rows):
+            inside = tirx.all(token + j >= start, token + j < start + length)
+            chosen = T.Select(T.broadcast(inside, lanes), row, splat(neutral, lanes))
+            T.buffer_store(result, combine(result[0], chosen), [0])
+    return result[0]
+
+
+def _of_channel(x: Any, tokens: tuple[Any, Any], c: Any, neutral: float, combine: Combine) -> Any:
+    start, length = tokens
+    result = T.alloc_buffer((1,), "float32")
+    T.buffer_store(result, T.float32(neutral), [0])
+    with T.serial(length) as j:
+        token = start + j
+        T.buffer_store(result, combine(result[0], x[token // TILE, c, token % TILE]), [0])
+    return result[0]
 
 
 def normalize(spec: NormalizeSpec, isa: Isa) -> tirx.PrimFunc:

@@ -158,7 +158,7 @@ def bench(
         shapes = [(b, s) for b in batches for s in sequences]
         for count in threads:
             measure = partial(_measure, module, peers, shapes, count, min_seconds, progress)
-            found, failed = _pinned(count, measure)
+            found, failed = pinned(count, measure)
             timings += found
             missing += failed
     return BenchReport(
@@ -325,7 +325,7 @@ def _cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(((a * b).sum(axis=1) / np.maximum(lengths, 1e-12)).mean())
 
 
-def _pinned(threads: int, work: Callable[[threading.Event], T]) -> T:
+def pinned(threads: int, work: Callable[[threading.Event], T]) -> T:
     """Run ``work`` on a new thread that may use ``threads`` CPUs, and so may every thread it starts."""
     stop, done = threading.Event(), threading.Event()
     result: list[T] = []

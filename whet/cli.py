@@ -249,18 +249,26 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from whet.bench import bench  # noqa: PLC0415
+    report: Any
+    if args.plain is None:
+        from whet.bench import bench  # noqa: PLC0415
 
-    report = bench(
-        args.module,
-        batches=args.batch,
-        sequences=args.seq,
-        threads=args.threads,
-        min_seconds=args.min_seconds,
-        against=args.against,
-        source=args.model,
-        progress=TerminalProgress(),
-    )
+        report = bench(
+            args.module,
+            batches=args.batch,
+            sequences=args.seq,
+            threads=args.threads,
+            min_seconds=args.min_seconds,
+            against=args.against,
+            source=args.model,
+            progress=TerminalProgress(),
+        )
+    else:
+        from whet.bench_exits import bench_exits  # noqa: PLC0415
+
+        if args.data is None:
+            raise ValueError("--plain is given, but no requests to compare on; name them with --data")
+        report = bench_exits(args.module, args.plain, _requests_of(args.data, args.format), progress=TerminalProgress())
     if args.output:
         Path(args.output).write_text(report.to_json() + "\n", encoding="utf-8")
     _print(report, args.json)
@@ -289,7 +297,7 @@ def _tune(args: argparse.Namespace) -> None:
 def _freeze_fit(args: argparse.Namespace) -> None:
     from whet.freezing import fit  # noqa: PLC0415
 
-    options = _given(args, "precision", "budget", "tokenizer", "task")
+    options = _given(args, "kind", "precision", "budget", "tokenizer", "task")
     if args.calibration is not None:
         options["calibration"] = read_texts(args.calibration, pairs=True)
     if args.held_out is not None:
@@ -470,6 +478,11 @@ def _add_freeze_fit(sub: argparse.ArgumentParser) -> None:
         choices=["csv", "sst2"],
         help="CSV with text,label or text_a,text_b,label, or SST-2 as published; default: a text per line, whose right "
         "answer is the model's own",
+    )
+    sub.add_argument(
+        "--kind",
+        choices=["learned", "knn"],
+        help="small predictors of the answer, or the nearest of many earlier requests; default learned",
     )
     sub.add_argument(
         "--budget", metavar="SHARE", type=float, help="most accuracy to lose, of all requests; default 0.005"
@@ -658,6 +671,18 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
         help=f"the same model in {', '.join(PEERS)}, in turns with Whet; needs --model",
     )
     sub.add_argument("--model", metavar="MODEL", help="what the module was compiled from: the peers' weights")
+    caches = sub.add_argument_group("modules compiled with --freeze")
+    caches.add_argument(
+        "--plain",
+        metavar="PLAIN.so",
+        help="the same model without caches: show where requests leave, times of single ones, and accuracy, of both",
+    )
+    caches.add_argument("--data", metavar="FILE", help="requests, as --format says")
+    caches.add_argument(
+        "--format",
+        choices=["csv", "sst2"],
+        help="CSV with text,label or text_a,text_b,label, or SST-2 as published; default: a text per line",
+    )
     sub.add_argument("-o", "--output", metavar="FILE", help="write the report as JSON, too")
 
 

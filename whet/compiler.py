@@ -36,7 +36,7 @@ from whet.schedules.isa import BF16_ISAS, ISAS, Isa
 from whet.tune.records import TunedKnobs
 
 if TYPE_CHECKING:
-    from whet.caching.cache import Cache
+    from whet.caching.file import Freeze
 
 Precision: TypeAlias = Literal["int8", "bf16", "fp32"]
 Text: TypeAlias = "str | tuple[str, str]"
@@ -157,11 +157,12 @@ def compile(
         if len(targets) > 1:
             targets = [ISAS["avx2"]]
             notes += ("Several instruction sets need a recognised encoder: this is for avx2, which all of them have.",)
-    caches = _caches(model, freeze, precision, sparsity)
-    if caches:
-        notes += (f"Requests may leave early, after layers {', '.join(str(cache.layer) for cache in caches)}.",)
+    frozen = None if freeze is None else _frozen(model, freeze, precision, sparsity)
+    if frozen:
+        places = ", ".join(str(cache.layer) for cache in frozen.caches)
+        notes += (f"Requests may leave early, after layer {places} of {frozen.layers}.",)
     weights = Blob()
-    describe = partial(_metadata, model, notes, precision, limit)
+    describe = partial(_metadata, model, notes, precision, limit, frozen)
     if model.dialect:
         requests, token_types = _requests(model, calibration, limit) if precision == "int8" else ([], [])
         options = Options(
@@ -174,13 +175,13 @@ def compile(
             tokens=tokens,
             dump_ir=Path(dump_ir) if dump_ir is not None else None,
             tuned=tuned,
-            freeze=caches,
+            freeze=frozen.caches if frozen else (),
             probe=probe,
         )
         compiled = run_pipeline(model.module, options, requests, token_types, clock)
         layers = [tuple(variant.choices) for variant in compiled]
         notes += tuned.notes() + compiled[0].raised
-        describe = partial(_metadata, model, notes, precision, limit)
+        describe = partial(_metadata, model, notes, precision, limit, frozen)
         with clock.phase("6 assemble"):
             entries = [f"main_{target.name}" for target in targets] if len(targets) > 1 else ["main"]
             built = [_assemble(*each, weights, describe) for each in zip(compiled, targets, entries, strict=True)]
@@ -312,12 +313,8 @@ def length_limit(model: Model, max_length: int | None) -> int:
     return max_length
 
 
-def _caches(
-    model: Model, freeze: str | PathLike[str] | None, precision: Precision, sparsity: float
-) -> tuple[Cache, ...]:
-    """The caches of a freeze file, once it is sure that they are for this model."""
-    if freeze is None:
-        return ()
+def _frozen(model: Model, freeze: str | PathLike[str], precision: Precision, sparsity: float) -> Freeze | None:
+    """The contents of a freeze file, once it is sure that they are for this model; None if no cache pays there."""
     if sparsity:
         raise ValueError(
             f"sparsity is {sparsity}, but {fspath(freeze)} is for the weights as they are; leave one of them out, or "
@@ -328,7 +325,7 @@ def _caches(
     frozen = file.load(freeze)
     check_can_freeze(model)
     frozen.check(freeze, digest_of(model.module), precision)
-    return frozen.caches
+    return frozen if frozen.caches else None
 
 
 def check_can_freeze(model: Model) -> None:
@@ -387,6 +384,7 @@ def _metadata(
     notes: tuple[str, ...],
     precision: Precision,
     limit: int,
+    frozen: Freeze | None,
     module: tvm.IRModule,
     target: Isa,
     weights: Sequence[Weight],
@@ -396,7 +394,7 @@ def _metadata(
     function = module["main"]
     first, channels = shape_of(function.body)[0], 1
     if model.dialect:
-        channels = int(shape_of(function.body)[1])
+        channels = int(shape_of(function.body)[1]) - 2 * bool(frozen)
     per = "token" if first.same_as(function.params[0].ty.shape[0]) else "request"
     return Metadata(
         whet=version("whet"),
@@ -416,6 +414,8 @@ def _metadata(
         isa=target.name,
         cpu_flags=target.cpu_flags,
         max_tokens=max(MAX_TOKENS, limit),
+        exits=(*(cache.layer for cache in frozen.caches), frozen.layers) if frozen else (),
+        allowed_loss=frozen.allowed_loss if frozen else 0.0,
         weights=tuple(weights),
         notes=notes,
         **more,

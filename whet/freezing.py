@@ -6,18 +6,19 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.caching.cache import Cache
-from whet.caching.choose import NEVER, Choice, Costs, choose
+from whet.caching.cache import Cache, look_up
+from whet.caching.choose import NEVER, Costs, choose, judge
+from whet.caching.cluster import fit_clusters
 from whet.caching.file import Freeze, FreezeError, load, save
-from whet.caching.learn import fit_predictor, softmax
+from whet.caching.learn import fit_classifier, softmax
 from whet.compiler import Precision, Text, check_can_freeze, compile, import_model
 from whet.datasets import LabelledText
 from whet.evaluate import class_of
@@ -28,13 +29,17 @@ from whet.progress import Progress, Silent
 from whet.runtime import Session
 from whet.runtime import load as load_module
 
+Kind: TypeAlias = Literal["learned", "knn"]
+
 HELD_OUT = 5
 """One request in so many is held out for choosing, where no other data is given."""
 
 _LEAST = 100
 """Requests, to fit on and to choose on."""
-_TIMED = 64
-"""Requests whose time is taken, one by one."""
+_TIMED, _REPEATS = 64, 5
+"""Requests whose time is taken, one by one, and runs of each, of which the fastest counts."""
+_LEAST_PROBABILITY = 1e-4
+"""Of an answer of a cluster, before its logarithm is taken."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,20 @@ class FreezeReport:
 
     model: str
     precision: str
+    kind: str
     leave: tuple[float, ...]
-    """Share of requests that leave after each layer; the last entry runs to the end."""
+    """Share of requests that leave after 0, 1, 2, … layers; the last entry runs to the end."""
     thresholds: tuple[float | None, ...]
-    """Of the cache after each layer but the last; None where there is none."""
+    """Of the cache after 0, 1, 2, … layers; None where there is none."""
+    sizes: tuple[int, ...]
+    """Bytes of each of these caches; 0 where there is none."""
     cache_accuracy: tuple[float, ...]
-    """Accuracy of the cache that each layer could have, over all requests."""
+    """Accuracy of the cache that each place could have, over all requests."""
     accuracy: float
     plain_accuracy: float
     """Of the model itself; 1 where there are no labels and its answers are the truth."""
+    fixed_microseconds: float
+    """What every request takes: tokenising, embedding."""
     layer_microseconds: float
     cache_microseconds: float
     speedup: float
@@ -64,19 +74,24 @@ class FreezeReport:
         return json.dumps(asdict(self), indent=1)
 
     def __str__(self) -> str:
-        lines = [f"{self.model}, {self.precision}: {self.requests[1]} requests held out of {sum(self.requests)}"]
-        for i, share in enumerate(self.leave, 1):
-            if i == len(self.leave):
-                lines.append(f"  layer {i}: {share:6.1%} run to the end")
-            elif (threshold := self.thresholds[i - 1]) is not None:
-                lines.append(f"  layer {i}: {share:6.1%} leave, with a probability of at least {threshold:.3f}")
+        lines = [
+            f"{self.model}, {self.precision}, {self.kind} caches of {sum(self.sizes) / 1e3:.0f} kB: "
+            f"{self.requests[1]} requests held out of {sum(self.requests)}"
+        ]
+        for i, share in enumerate(self.leave):
+            where = f"  after {i} layer{'s' * (i != 1)}: "
+            if i == len(self.leave) - 1:
+                lines.append(f"{where}{share:6.1%}, the end")
+            elif (threshold := self.thresholds[i]) is not None:
+                lines.append(f"{where}{share:6.1%}, trusted by {threshold:.3f} or more")
             else:
-                lines.append(f"  layer {i}: no cache")
-        effective = sum(i * share for i, share in enumerate(self.leave, 1))
+                lines.append(f"{where}no cache")
+        effective = sum(i * share for i, share in enumerate(self.leave))
         lines.append(
-            f"accuracy {self.accuracy:.4f} against {self.plain_accuracy:.4f}; {effective:.2f} of {len(self.leave)} "
+            f"accuracy {self.accuracy:.4f} against {self.plain_accuracy:.4f}; {effective:.2f} of {len(self.leave) - 1} "
             f"layers on average; a layer takes {self.layer_microseconds:.0f} µs, a cache "
-            f"{self.cache_microseconds:.0f}: expected {self.speedup:.2f} times as fast"
+            f"{self.cache_microseconds:.1f}, all else {self.fixed_microseconds:.0f}: expected {self.speedup:.2f} times "
+            "as fast"
         )
         return "\n".join(lines)
 
@@ -87,6 +102,7 @@ def fit(
     data: Sequence[LabelledText | Text],
     held_out: Sequence[LabelledText | Text] | None = None,
     *,
+    kind: Kind = "learned",
     precision: Precision = "int8",
     budget: float = 0.005,
     progress: Progress | None = None,
@@ -94,9 +110,11 @@ def fit(
 ) -> FreezeReport:
     """Fit caches for a model and write them to a file for ``whet.compile(…, freeze=…)``.
 
-    Caches are learned (GATI, arXiv 2101.07344): after a layer, a linear predictor of the model's answer from the mean
-    of the hidden state, distilled from the model's probabilities and, where they are known, the labels. Which layers
-    get one and whom it trusts is chosen on held-out requests, for the least expected time of a single request on this
+    A cache looks at the mean of a request's hidden state, behind the embeddings or behind a layer. Learned ones (GATI,
+    arXiv 2101.07344) are linear predictors of the model's answer, distilled from its probabilities and, where they are
+    known, the labels, and trusted by their largest probability. Those of nearest neighbours (Freeze Inference, arXiv
+    2002.02645) answer as the nearest of many centroids does, and are trusted by the distance to it. Which places get a
+    cache and whom it trusts is chosen on held-out requests, for the least expected time of a single request on this
     machine within the accuracy budget.
 
     Args:
@@ -104,6 +122,7 @@ def fit(
         output: the file to write.
         data: labelled texts, or texts, whose right answers are then the model's own.
         held_out: the same, to choose on; default: a fifth of ``data``. Take requests that the model was not trained on.
+        kind: of the caches, ``"learned"`` or ``"knn"``.
         precision: that the model will be compiled with.
         budget: most accuracy to lose, as a share of all requests.
         progress: told of every phase.
@@ -113,6 +132,8 @@ def fit(
         ValueError: the model is no classifier, there is too little data, or a label is unknown.
 
     """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(get_args(Kind))}")
     if not 0 <= budget < 1:
         raise ValueError(f"budget is {budget}; expected a share of requests, at least 0 and below 1")
     output = Path(output)
@@ -132,34 +153,47 @@ def fit(
     with tempfile.TemporaryDirectory(prefix="whet-freeze-") as folder:
         probe = _compiled(Path(folder) / "probe.so", source, precision, progress, probe=True, **options)
         with progress.phase("run the model"):
-            fitted, chosen_on = (_observe(probe, rows, *_sizes(model)) for rows in (data, held_out))
-        layers = len(fitted.means) + 1
-        with progress.phase("fit caches", layers - 1) as advance:
-            predictors = []
-            for i, means in enumerate(fitted.means, 1):
-                predictors.append(fit_predictor(means, fitted.targets))
-                advance(i)
-        answers = [softmax(m @ w.T + b) for m, (w, b) in zip(chosen_on.means, predictors, strict=True)]
-        right = np.array([a.argmax(axis=1) == chosen_on.labels for a in answers])
+            seen, chosen_on = (_observe(probe, rows, *_sizes(model)) for rows in (data, held_out))
+        layers = len(seen.means)
+        with progress.phase("fit caches", layers) as advance:
+            caches = []
+            for i, means in enumerate(seen.means):
+                caches.append(_fit_cache(i, kind, means, seen))
+                advance(i + 1)
+        found = [look_up(m, *c.arrays, kind=c.kind) for m, c in zip(chosen_on.means, caches, strict=True)]
+        trust = np.array([trust for _, trust in found])
+        right = np.array([answers.argmax(axis=1) == chosen_on.labels for answers, _ in found])
         plain = chosen_on.logits.argmax(axis=1) == chosen_on.labels
-        everywhere = tuple(Cache(i, w, b, 2.0) for i, (w, b) in enumerate(predictors, 1))
-        identity = (model.name, digest_of(model.module), precision)
-        save(Freeze(*identity, everywhere, {}), Path(folder) / "all.freeze")
+        identity = (model.name, digest_of(model.module), precision, layers)
+        save(Freeze(*identity, 0.0, tuple(caches), {}), Path(folder) / "all.freeze")
         quiet = _compiled(Path(folder) / "plain.so", source, precision, progress, **options)
         asked = _compiled(
             Path(folder) / "all.so", source, precision, progress, freeze=Path(folder) / "all.freeze", **options
         )
         with progress.phase("take times"):
             costs = _costs(quiet, asked, [_text(row) for row in held_out[:_TIMED]], layers)
-    with progress.phase("choose layers and thresholds"):
-        choice = choose(np.array([a.max(axis=1) for a in answers]), right, plain, costs, budget)
-    caches = tuple(
-        Cache(i, w, b, t)
-        for i, ((w, b), t) in enumerate(zip(predictors, choice.thresholds, strict=True), 1)
-        if t < NEVER
+    with progress.phase("choose places and thresholds"):
+        choice = choose(trust, plain.astype(np.float64) - right, costs, budget)
+    kept = [replace(c, threshold=t) for c, t in zip(caches, choice.thresholds, strict=True) if t < NEVER]
+    report = FreezeReport(
+        model=model.name,
+        precision=precision,
+        kind=kind,
+        leave=choice.leave,
+        thresholds=tuple(t if t < NEVER else None for t in choice.thresholds),
+        sizes=tuple(c.size if t < NEVER else 0 for c, t in zip(caches, choice.thresholds, strict=True)),
+        cache_accuracy=tuple(right.mean(axis=1).tolist()),
+        accuracy=float(plain.mean()) - choice.loss,
+        plain_accuracy=float(plain.mean()),
+        fixed_microseconds=costs.fixed,
+        layer_microseconds=costs.layer,
+        cache_microseconds=costs.cache,
+        speedup=choice.plain_cost / choice.cost,
+        requests=(len(data), len(held_out)),
     )
-    report = _report(identity, choice, costs, right, (len(data), len(held_out)))
-    save(Freeze(*identity, caches, asdict(report)), output)
+    unlike = np.array([answers.argmax(axis=1) != chosen_on.logits.argmax(axis=1) for answers, _ in found])
+    disagreement = judge(np.array(choice.thresholds), trust, unlike.astype(np.float64), costs).loss
+    save(Freeze(*identity, disagreement + budget, tuple(kept), asdict(report)), output)
     return report
 
 
@@ -177,11 +211,18 @@ class _Observed:
     """What the probe says of requests."""
 
     means: list[NDArray[np.float32]]
-    """After each layer but the last, ``(requests, channels)``."""
+    """Of the hidden state after 0, 1, 2, … layers, each ``(requests, channels)``."""
     logits: NDArray[np.float32]
     labels: NDArray[np.int64]
     targets: NDArray[np.float32]
     """Probabilities that a cache should give: the model's, halfway to the label where that is known."""
+
+
+def _fit_cache(layer: int, kind: Kind, means: NDArray[np.float32], seen: _Observed) -> Cache:
+    if kind == "knn":
+        logs = np.log(np.maximum(seen.targets, _LEAST_PROBABILITY)).astype(np.float32)
+        return Cache(layer, "clusters", fit_clusters(means, logs, seen.labels), NEVER)
+    return Cache(layer, "classifier", fit_classifier(means, seen.targets), NEVER)
 
 
 def _compiled(path: Path, source: Any, precision: Precision, progress: Progress, **options: Any) -> Session:
@@ -215,33 +256,29 @@ def _observe(probe: Session, rows: Sequence[LabelledText | Text], classes: int, 
 
 
 def _costs(plain: Session, asked: Session, texts: Sequence[Text], layers: int) -> Costs:
-    """Microseconds of a layer and of a cache, of single requests: medians of the two modules run in turns."""
-    times: dict[Session, list[float]] = {plain: [], asked: []}
+    """Microseconds of CPU of a request: in the plain module, and, in that with caches, of leaving first and never.
+
+    Of CPU: how busy the machine is while caches are fitted must not decide what is chosen.
+    """
+    thresholds = asked.thresholds
+    assert thresholds is not None
+
+    def set_thresholds(first: float) -> None:
+        thresholds[:] = NEVER
+        thresholds[0] = first
+
+    cases = [(plain, NEVER), (asked, NEVER), (asked, -NEVER)]
+    times: list[list[float]] = [[] for _ in cases]
     for text in texts:
-        for session, taken in times.items():
-            best = []
-            for _ in range(5):
-                start = time.perf_counter()
+        for (session, first), taken in zip(cases, times, strict=True):
+            set_thresholds(first)
+            best = float("inf")
+            for _ in range(_REPEATS):
+                start = time.thread_time()
                 session.logits([text])
-                best.append(time.perf_counter() - start)
-            taken.append(min(best))
-    without, with_caches = (1e6 * float(np.mean(times[s])) for s in (plain, asked))
-    return Costs(without / layers, max(0.0, with_caches - without) / (layers - 1))
-
-
-def _report(
-    identity: tuple[str, str, str], choice: Choice, costs: Costs, right: NDArray[np.bool_], requests: tuple[int, int]
-) -> FreezeReport:
-    return FreezeReport(
-        model=identity[0],
-        precision=identity[2],
-        leave=choice.leave,
-        thresholds=tuple(t if t < NEVER else None for t in choice.thresholds),
-        cache_accuracy=tuple(right.mean(axis=1).tolist()),
-        accuracy=choice.accuracy,
-        plain_accuracy=choice.plain_accuracy,
-        layer_microseconds=costs.layer,
-        cache_microseconds=costs.cache,
-        speedup=choice.plain_cost / choice.cost,
-        requests=requests,
-    )
+                best = min(best, time.thread_time() - start)
+            taken.append(best)
+    without, never, at_once = 1e6 * np.array(times)
+    cache = max(0.0, float(np.median(never - without)) / layers)
+    fixed = max(0.0, float(np.median(at_once)) - cache)
+    return Costs(fixed, max(0.0, float(np.median(without)) - fixed) / layers, cache)

@@ -11,11 +11,17 @@ from whet.caching.file import Freeze, FreezeError, load, save
 
 def example():
     rng = np.random.default_rng(0)
-    caches = tuple(
-        Cache(layer, rng.normal(size=(3, 8)).astype("float32"), rng.normal(size=3).astype("float32"), 0.5 + layer / 10)
-        for layer in (1, 3)
-    )
-    return Freeze("bank", "ab12", "int8", caches, {"accuracy": 0.9})
+
+    def floats(*shape):
+        return rng.normal(size=shape).astype("float32")
+
+    def ints(*shape):
+        return rng.integers(-127, 128, shape).astype("int8")
+
+    linear = (floats(8), floats(8), ints(3, 8), floats(3), floats(3))
+    clusters = (floats(8), floats(8), ints(5, 8), floats(5), floats(5), ints(5, 3), floats(5), floats(5))
+    caches = (Cache(0, "classifier", linear, 0.6), Cache(3, "clusters", clusters, 0.0))
+    return Freeze("bank", "ab12", "int8", 4, 0.02, caches, {"accuracy": 0.9})
 
 
 @pytest.fixture
@@ -27,22 +33,23 @@ def path(tmp_path):
 def test_round_trip(path):
     found, wanted = load(path), example()
     assert (found.model, found.weights, found.precision, found.fitted) == ("bank", "ab12", "int8", {"accuracy": 0.9})
+    assert (found.layers, found.allowed_loss) == (4, 0.02)
     for a, b in zip(found.caches, wanted.caches, strict=True):
-        assert (a.layer, a.threshold) == (b.layer, b.threshold)
-        np.testing.assert_array_equal(a.weight, b.weight)
-        np.testing.assert_array_equal(a.bias, b.bias)
+        assert (a.layer, a.kind, a.threshold) == (b.layer, b.kind, b.threshold)
+        for x, y in zip(a.arrays, b.arrays, strict=True):
+            np.testing.assert_array_equal(x, y)
     assert [p.name for p in path.parent.iterdir()] == ["a.freeze"]
 
 
 def test_no_caches(tmp_path):
-    save(Freeze("bank", "ab12", "int8", (), {}), tmp_path / "none.freeze")
+    save(Freeze("bank", "ab12", "int8", 4, 0.02, (), {}), tmp_path / "none.freeze")
     assert load(tmp_path / "none.freeze").caches == ()
 
 
 def test_every_damaged_byte_of_the_weights_is_seen(path):
     whole = path.read_bytes()
-    start = whole.index(example().caches[0].weight.tobytes())
-    for position in (start, start + 50):
+    start = whole.index(example().caches[1].arrays[2].tobytes())
+    for position in (start, start + 30):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         with pytest.raises(FreezeError, match=r"a.freeze is damaged"):
             load(path)
@@ -57,7 +64,7 @@ def test_other_files_are_refused(path, content):
 
 def test_an_archive_of_something_else_is_refused(path):
     with path.open("wb") as file:
-        np.savez(file, header=np.frombuffer(b'{"kind": "other"}', "uint8"), weight=np.zeros(1), bias=np.zeros(1))
+        np.savez(file, header=np.frombuffer(b'{"kind": "other"}', "uint8"))
     with pytest.raises(FreezeError, match="is no freeze file"):
         load(path)
 
@@ -65,11 +72,25 @@ def test_an_archive_of_something_else_is_refused(path):
 def test_another_version_is_refused(path):
     with np.load(path) as archive:
         parts = dict(archive)
-    header = json.loads(parts["header"].tobytes()) | {"format": 2}
+    header = json.loads(parts["header"].tobytes()) | {"format": 1}
     parts["header"] = np.frombuffer(json.dumps(header).encode(), "uint8")
     with path.open("wb") as file:
         np.savez(file, **parts)
-    with pytest.raises(FreezeError, match="has format 2, this whet reads format 1"):
+    with pytest.raises(FreezeError, match="has format 1, this whet reads format 2"):
+        load(path)
+
+
+def test_arrays_that_do_not_fit_together_are_refused(path):
+    with np.load(path) as archive:
+        parts = dict(archive)
+    for name, array in (("0.scale", np.zeros(9, "float32")), ("1.answers", np.zeros((5, 3), "float32"))):
+        with path.open("wb") as file:
+            np.savez(file, **{**parts, name: array})
+        with pytest.raises(FreezeError, match=f"is malformed .{name[2:]} of a cache is float32"):
+            load(path)
+    with path.open("wb") as file:
+        np.savez(file, **{name: array for name, array in parts.items() if name != "1.answers"})
+    with pytest.raises(FreezeError, match="is malformed"):
         load(path)
 
 

@@ -49,7 +49,7 @@ def test_an_interrupt_ends_the_measurement():
         interleave({"a": lambda: None}, 60, stop)
 
 
-def test_an_interrupt_reaches_the_pinned_thread():
+def test_an_interrupt_reaches_thepinned_thread():
     seen = []
 
     def work(stop):
@@ -57,7 +57,7 @@ def test_an_interrupt_reaches_the_pinned_thread():
         seen.append(stop.wait(10))
 
     with pytest.raises(KeyboardInterrupt):
-        module_under_test._pinned(1, work)
+        module_under_test.pinned(1, work)
     assert seen == [True]
 
 
@@ -66,7 +66,7 @@ def test_errors_reach_the_caller():
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        module_under_test._pinned(1, work)
+        module_under_test.pinned(1, work)
 
 
 def test_every_case_is_timed(tiny_modules):

@@ -1,5 +1,6 @@
 """From a model and requests to a freeze file to a module whose requests leave early."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,7 +10,9 @@ from tokenizers import Tokenizer
 
 import whet
 from whet import cli
+from whet.bench_exits import bench_exits
 from whet.caching.file import FreezeError, load
+from whet.datasets import LabelledText
 from whet.freezing import fit, inspect
 
 
@@ -38,25 +41,102 @@ def test_report(frozen):
     assert inspect(path) == report
     assert report.requests == (480, 120)
     assert report.plain_accuracy == 1 and report.accuracy >= 0.7
-    assert sum(report.leave) == pytest.approx(1) and len(report.leave) == 2
-    assert report.cache_accuracy[0] > 0.5
-    assert "layer 2" in str(report)
+    assert sum(report.leave) == pytest.approx(1) and len(report.leave) == 3
+    assert report.cache_accuracy[1] > 0.5
+    assert "after 2 layers" in str(report)
 
 
-def test_a_module_answers_as_the_file_says(frozen, model, texts, tmp_path):
-    path, _ = frozen
-    freeze = load(path)
-    assert len(freeze.caches) == 1  # else the costs of this machine are strange, and there is nothing to see
-    whet.compile(model, tmp_path / "plain.so", "fp32", isa="avx2")
-    whet.compile(model, tmp_path / "frozen.so", "fp32", isa="avx2", freeze=path, dump_ir=tmp_path / "ir")
-    assert list((tmp_path / "ir").glob("*_freeze_layers_avx2.py"))
-    plain, early = (whet.load(tmp_path / f"{name}.so", threads=1).logits(texts) for name in ("plain", "frozen"))
-    ran_to_the_end = (plain == early).all(axis=1)
-    exps = np.exp(early - early.max(1, keepdims=True))
-    confident = 1 / exps.sum(1) >= freeze.caches[0].threshold
-    assert confident[~ran_to_the_end].all()
-    assert ran_to_the_end.mean() < 0.7
+@pytest.fixture(scope="module")
+def modules(frozen, model, tmp_path_factory):
+    """Paths of the module with the caches of the freeze file, and of the plain one."""
+    folder = tmp_path_factory.mktemp("modules")
+    whet.compile(model, folder / "plain.so", "fp32", isa="avx2")
+    whet.compile(model, folder / "frozen.so", "fp32", isa="avx2", freeze=frozen[0], dump_ir=folder / "ir")
+    return folder / "frozen.so", folder / "plain.so"
+
+
+def test_a_module_answers_as_the_file_says(frozen, modules, texts):
+    freeze = load(frozen[0])
+    assert freeze.caches  # else the costs of this machine are strange, and there is nothing to see
+    assert list(modules[0].parent.glob("ir/*_freeze_layers_avx2.py"))
+    session, plain_session = (whet.load(path, threads=1) for path in modules)
+    plain, early = plain_session.logits(texts), session.logits(texts)
+    answers, layers, trust = session.trace(texts)
+    np.testing.assert_array_equal(answers, early)
+    assert session.metadata.exits == (*(cache.layer for cache in freeze.caches), 2)
+    np.testing.assert_array_equal((plain == early).all(axis=1), layers == 2)
+    thresholds = {cache.layer: cache.threshold for cache in freeze.caches} | {2: 1}
+    assert (trust >= np.array([thresholds[layer] for layer in layers], np.float32)).all()
+    assert (layers == 2).mean() < 0.7
     assert (plain.argmax(1) == early.argmax(1)).mean() >= 0.6
+
+
+def test_thresholds_can_be_changed_in_one_session(modules, texts):
+    strict, other = (whet.load(modules[0], threads=1) for _ in range(2))
+    plain = whet.load(modules[1], threads=1)
+    before = other.logits(texts)
+    strict.thresholds[:] = 2
+    np.testing.assert_array_equal(strict.logits(texts), plain.logits(texts))
+    np.testing.assert_array_equal(other.logits(texts), before)
+    assert (whet.load(modules[0]).thresholds < 2).all()
+    assert plain.thresholds is None
+    with pytest.raises(ValueError, match=r"plain\.so has no caches"):
+        plain.trace(texts)
+
+
+def test_audits(modules, texts, tmp_path):
+    path = shutil.copy(modules[0], tmp_path / "m.so")
+    watched, other = whet.load(path, threads=1, audit=1.0), whet.load(path, threads=1)
+    np.testing.assert_array_equal(watched.logits(texts[:200]), other.logits(texts[:200]))
+    watched.auditor.wait()
+    assert watched.auditor.count == 200
+    plain = whet.load(modules[1], threads=1).logits(texts[:200]).argmax(1)
+    unlike = (other.logits(texts[:200]).argmax(1) != plain).mean()
+    allowed = watched.metadata.allowed_loss
+    assert 0.3 <= allowed < 1
+    if unlike <= allowed:
+        assert watched.auditor.loss == pytest.approx(unlike)
+        np.testing.assert_array_equal(watched.thresholds, other.thresholds)
+    assert (tmp_path / "m.so.audit").exists()
+    with pytest.raises(ValueError, match=r"plain\.so has no caches to audit"):
+        whet.load(modules[1], audit=0.1)
+
+
+def test_bench(modules, texts, tmp_path, capsys):
+    frozen, plain = map(str, modules)
+    session, other = (whet.load(path, threads=1) for path in modules)
+    rows = [LabelledText(text, str(i % 2)) for i, text in enumerate(texts[:60])]
+    report = bench_exits(frozen, plain, rows, timed=7)
+    layers = session.trace(texts[:60]).layers
+    assert report.leave == {layer: (layers == layer).mean() for layer in session.metadata.exits}
+    assert report.effective_layers == layers.mean() and (report.requests, report.timed) == (60, 7)
+    classes = [s.logits(texts[:60]).argmax(1) for s in (session, other)]
+    assert report.accuracy == tuple((found == np.arange(60) % 2).mean() for found in classes)
+    assert report.agreement == (classes[0] == classes[1]).mean()
+    assert 0 < report.frozen.p50 <= report.frozen.p99 and report.plain.mean > 0
+    (tmp_path / "texts.txt").write_text("\n".join(texts[:9]))
+    arguments = ["bench", frozen, "--plain", plain, "--data", str(tmp_path / "texts.txt"), "--json"]
+    assert cli.main(arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["accuracy"] is None and document["requests"] == 9
+    assert cli.main(arguments[:4]) == 1
+    assert "no requests to compare on" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"plain\.so has no caches; compile"):
+        bench_exits(plain, plain, rows)
+    with pytest.raises(ValueError, match=r"frozen\.so has caches too"):
+        bench_exits(frozen, frozen, rows)
+
+
+def test_nearest_neighbours(model, texts, tmp_path):
+    report = fit(model, tmp_path / "a.freeze", texts, kind="knn", precision="fp32", budget=0.3, isa="avx2")
+    freeze = load(tmp_path / "a.freeze")
+    assert report.kind == "knn" and freeze.caches and {cache.kind for cache in freeze.caches} == {"clusters"}
+    assert report.accuracy >= 0.7
+    whet.compile(model, tmp_path / "frozen.so", "fp32", isa="avx2", freeze=tmp_path / "a.freeze")
+    session = whet.load(tmp_path / "frozen.so", threads=1)
+    _, layers, _ = session.trace(texts)
+    share = sum(report.leave[:-1])
+    assert (layers < 2).mean() > share - 0.15  # and more than that of those that it was fitted to
 
 
 def test_a_file_of_another_model_or_precision_is_refused(frozen, references, model, tmp_path):
@@ -80,6 +160,8 @@ def test_what_can_not_be_fitted(references, model, texts, tmp_path):
         fit(references / "bert-token", tmp_path / "a.freeze", texts)
     with pytest.raises(ValueError, match=r"there are 40 requests to fit on; expected at least 100"):
         fit(model, tmp_path / "a.freeze", texts[:50])
+    with pytest.raises(ValueError, match="kind is 'trees'; expected one of learned, knn"):
+        fit(model, tmp_path / "a.freeze", texts, kind="trees")
     with pytest.raises(ValueError, match=r"budget is 1\.5"):
         fit(model, tmp_path / "a.freeze", texts, budget=1.5)
     with pytest.raises(FileNotFoundError, match="create it"):

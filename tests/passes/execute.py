@@ -34,7 +34,7 @@ def run(lowered: Lowered, isa: Isa, requests: list[np.ndarray], per_request: boo
 def program(lowered: Lowered, isa: Isa) -> Program:
     """Compile once; what it returns packs requests and runs them, as often as it is called.
 
-    Further arguments of that give weights other numbers, by the start of their names.
+    Further arguments of that replace weights, by the start of their names.
     """
     weights = Blob()
     table = {name: weights.add(name, array) for name, array in lowered.weights}
@@ -43,12 +43,12 @@ def program(lowered: Lowered, isa: Isa) -> Program:
     executable = generate_code(assembled.module, isa)
     channels = int(lowered.module["main"].ret_ty.shape[1])
 
-    def answer(requests: list[np.ndarray], per_request: bool, **changed: float) -> np.ndarray:
+    def answer(requests: list[np.ndarray], per_request: bool, **changed: np.ndarray) -> np.ndarray:
         inputs = pack(requests)
         blob = original.copy()
-        for start, number in changed.items():
-            (offset,) = (w.offset for name, w in table.items() if name.startswith(start))
-            blob[offset : offset + 4].view(np.float32)[0] = number
+        for start, array in changed.items():
+            (offset,) = {w.offset for name, w in table.items() if name.startswith(start)}
+            blob[offset : offset + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
         tiles, groups = inputs[0].shape[0], inputs[3].shape[0]
         size = tiles * assembled.workspace.per_tile + groups * assembled.workspace.per_group
         workspace = np.full(size + 1, 0xA5, np.uint8)  # what is read before it is written shows

@@ -9,6 +9,7 @@ from graphs import build, ops, requests
 from tvm import relax
 
 from whet.caching.cache import Cache
+from whet.caching.learn import linear
 from whet.passes import dialect
 from whet.passes.freeze_layers import freeze_layers
 from whet.passes.interpret import interpret
@@ -20,7 +21,7 @@ from whet.schedules.isa import isa
 CHANNELS, LABELS, LAYERS = 32, 5, 3
 ISA = isa("avx2")
 BATCH = requests(20, 3, 16, 1, 33, 5, 16, 16, 7, 50, 2, 12, 40, 9, 4, 18, 6, 31, 8)
-PLACES = ((1, 0.55), (2, 0.5))
+PLACES = ((0, 0.52), (2, 0.8))
 """Layers and thresholds where some leave and some do not."""
 
 
@@ -39,10 +40,11 @@ def classifier(b):
     return b.dense(b.dense(pooled, CHANNELS, "pooler", activation="tanh"), LABELS, "logits")
 
 
-def cache(layer, threshold):
+def cache(layer, threshold, channels=CHANNELS):
     rng = np.random.default_rng(layer)
-    weight = rng.normal(0, 0.3, (LABELS, CHANNELS)).astype("float32")
-    return Cache(layer, weight, rng.normal(0, 1, LABELS).astype("float32"), threshold)
+    numbers = ((0.3, (LABELS, channels)), (1, LABELS), (1, channels), (0.1, channels))
+    arrays = linear(*(rng.normal(0, spread, shape).astype("float32") for spread, shape in numbers))
+    return Cache(layer, "classifier", arrays, threshold)
 
 
 def lowered(caches, precision, probe=False):
@@ -59,28 +61,34 @@ def compiled(precision, freeze=True):
 
 
 def run(precision, **thresholds):
-    changed = {f"cache{layer[-1]}_segments": value for layer, value in thresholds.items()}
-    return compiled(precision)(BATCH, True, **changed)
+    """Answers, and after how many layers, with these thresholds in place of ``PLACES``."""
+    exits = np.array(
+        [[layer for layer, _ in PLACES], [thresholds.get(f"after{at[0]}", at[1]) for at in PLACES]], "float32"
+    )
+    out = compiled(precision)(BATCH, True, exits=exits)
+    return out[:, :LABELS], out[:, LABELS]
 
 
 @pytest.mark.parametrize("precision", ["per_token", "static"])
 def test_those_who_leave_get_the_answer_of_the_cache_and_the_others_the_bits_they_had(precision):
     plain = compiled(precision, freeze=False)(BATCH, True)
     # What every request would be told by each cache: a threshold of 0 lets all leave there.
-    told = [run(precision, after1=0.0), run(precision, after1=2.0, after2=0.0)]
-    left = np.zeros(len(BATCH), int)
-    for (layer, threshold), answers in zip(PLACES, told, strict=True):
-        probability = 1 / np.exp(answers - answers.max(1, keepdims=True)).sum(1)
-        left[(left == 0) & (probability >= threshold)] = layer
-    assert set(left.tolist()) == {0, 1, 2}
-    for i, (frozen, layer) in enumerate(zip(run(precision), left, strict=True)):
-        np.testing.assert_array_equal(frozen, [plain, *told][layer][i], str((i, layer)))
-    np.testing.assert_array_equal(run(precision, after1=2.0, after2=2.0), plain)
+    told = {0: run(precision, after0=0.0)[0], 2: run(precision, after0=2.0, after2=0.0)[0], LAYERS: plain}
+    left = np.full(len(BATCH), LAYERS)
+    for layer, threshold in PLACES[::-1]:
+        probability = 1 / np.exp(told[layer] - told[layer].max(1, keepdims=True)).sum(1)
+        left[probability >= threshold] = layer
+    assert set(left.tolist()) == {0, 2, 3}
+    answers, layers = run(precision)
+    np.testing.assert_array_equal(layers, left)
+    for i, layer in enumerate(left):
+        np.testing.assert_array_equal(answers[i], told[layer][i], str((i, layer)))
+    np.testing.assert_array_equal(run(precision, after0=2.0, after2=2.0)[0], plain)
 
 
 def test_compiled_and_interpreted_agree():
     frozen = freeze_layers(build(classifier), [cache(*place) for place in PLACES])
-    np.testing.assert_allclose(run("fp32"), interpret(frozen, BATCH), atol=2e-4)
+    np.testing.assert_allclose(compiled("fp32")(BATCH, True), interpret(frozen, BATCH), atol=2e-4)
     assert ops(frozen).count("stay") == 2
 
 
@@ -94,11 +102,10 @@ def test_the_same_module_serves_batches_of_all_sizes():
 
 def test_a_cache_of_another_model_is_refused():
     module = build(classifier)
-    with pytest.raises(ValueError, match="after layer 3; expected 1 to 2"):
+    with pytest.raises(ValueError, match="after layer 3; expected 0 to 2"):
         freeze_layers(module, [cache(3, 0.5)])
-    wrong = Cache(1, np.zeros((LABELS, 8), "float32"), np.zeros(LABELS, "float32"), 0.5)
-    with pytest.raises(ValueError, match=r"weight \(5, 8\)"):
-        freeze_layers(module, [wrong])
+    with pytest.raises(ValueError, match="is for 8 channels and 5 outputs; the model has 32 and 5"):
+        freeze_layers(module, [cache(1, 0.5, channels=8)])
 
 
 def test_a_layer_that_later_ones_look_past_is_no_place_to_leave():

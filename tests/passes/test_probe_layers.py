@@ -5,6 +5,7 @@ from execute import program
 from graphs import build, requests
 from test_freeze_layers import BATCH, CHANNELS, LABELS, LAYERS, cache, classifier, lowered
 
+from whet.caching.cache import look_up
 from whet.passes.freeze_layers import freeze_layers
 from whet.passes.interpret import interpret
 from whet.passes.probe_layers import probe_layers
@@ -14,13 +15,14 @@ from whet.schedules.isa import isa
 def test_hidden_states_and_logits():
     module = build(classifier)
     shown = interpret(probe_layers(module), BATCH)
-    assert shown.shape == (len(BATCH), (LAYERS - 1) * CHANNELS + LABELS)
+    assert shown.shape == (len(BATCH), LAYERS * CHANNELS + LABELS)
     np.testing.assert_array_equal(shown[:, -LABELS:], interpret(module, BATCH))
-    for layer in (1, 2):
+    for layer in range(LAYERS):
         everyone = cache(layer, 0.0)
-        states = shown[:, (layer - 1) * CHANNELS : layer * CHANNELS]
-        predicted = states @ everyone.weight.T + everyone.bias
-        np.testing.assert_allclose(interpret(freeze_layers(module, [everyone]), BATCH), predicted, atol=1e-5)
+        states = shown[:, layer * CHANNELS : (layer + 1) * CHANNELS]
+        answers, trust = look_up(states, *everyone.arrays, kind=everyone.kind)
+        left = interpret(freeze_layers(module, [everyone]), BATCH)
+        np.testing.assert_allclose(left, np.column_stack([answers, np.full(len(BATCH), layer), trust]), atol=1e-5)
 
 
 def test_it_compiles():

@@ -9,19 +9,14 @@ from whet.schedules.early_exit import NOBODY, MoveSpec, SettleSpec, StaySpec, mo
 LENGTHS = [1, 2, 15, 16, 17, 31, 3, 64, 100, 5, 1, 1, 8, 8, 8, 9, 40, 7, 16, 16]
 
 
-def chosen(rows, threshold):
-    """Whether each row of logits is not trusted."""
-    exps = np.exp(rows - rows.max(1, keepdims=True))
-    return 1 / exps.sum(1) < threshold
-
-
-def run_stay(isa, logits, segments, threshold, requests=None):
-    groups, labels = len(segments), logits.shape[1]
-    kernel = oracles.build(stay, StaySpec(labels, requests is not None), isa)
+def run_stay(isa, trust, segments, threshold, requests=None):
+    groups = len(segments)
+    kernel = oracles.build(stay, StaySpec(1, 3, requests is not None), isa)
+    exits = np.array([[1, 2, 4], [9, threshold, 9]], "float32")
     tiles = -(-int(segments.reshape(-1, 2).sum(1).max()) // 16)
-    inputs = [oracles.to_tiles(logits), segments, *([] if requests is None else [requests])]
+    inputs = [trust.reshape(-1, 16), segments, *([] if requests is None else [requests])]
     outputs = [((groups, 16, 2), "int32"), ((groups, 16), "int32"), ((tiles, 16), "int32"), ((3,), "int32")]
-    *found, live = oracles.run(kernel, [*inputs, np.array([threshold], "float32")], outputs)
+    *found, live = oracles.run(kernel, [*inputs, exits], outputs)
     return [array[:size] for array, size in zip(found, live, strict=True)]
 
 
@@ -31,12 +26,12 @@ def run_stay(isa, logits, segments, threshold, requests=None):
 def test_stay(isa, threshold, numbered):
     rng = np.random.default_rng(0)
     segments = oracles.segments_of(LENGTHS, gaps=[0, 4])
-    logits = rng.normal(0, 2, (segments.size // 2, 7)).astype("float32")
-    numbers = rng.permutation(len(logits)).astype("int32").reshape(-1, 16)
-    kept, requests, sources = run_stay(isa, logits, segments, threshold, numbers if numbered else None)
+    trust = rng.random(segments.size // 2).astype("float32")
+    numbers = rng.permutation(len(trust)).astype("int32").reshape(-1, 16)
+    kept, requests, sources = run_stay(isa, trust, segments, threshold, numbers if numbered else None)
 
-    staying = [(i, tokens) for i, tokens in oracles.requests_of(segments) if chosen(logits, threshold)[i]]
-    assert 0 < len(staying) < len(LENGTHS) or threshold in (0.0, 2.0)
+    staying = [(i, tokens) for i, tokens in oracles.requests_of(segments) if trust[i] < threshold]
+    assert 1 < len(staying) < len(LENGTHS) or threshold in (0.0, 2.0)
     wanted = [numbers.reshape(-1)[i] if numbered else i for i, _ in staying]
     lengths = [t.stop - t.start for _, t in staying]
     assert len(kept) == -(-len(staying) // 16)
@@ -75,15 +70,20 @@ def test_move(isa, quantize):
 @pytest.mark.parametrize("isa", oracles.NAMES)
 def test_settle(isa):
     rng = np.random.default_rng(2)
-    logits = [rng.normal(0, 1, (groups, 5, 16)).astype("float32") for groups in (3, 2, 1)]
+    answers = [rng.normal(0, 1, (groups, 5, 16)).astype("float32") for groups in (3, 2, 1)]
+    trusts = [rng.random((groups, 16)).astype("float32") for groups in (3, 2)]
     numbers = [np.full((groups, 16), NOBODY, "int32") for groups in (2, 1)]
     second = np.sort(rng.permutation(48)[:20])
     third = second[3:9]
     numbers[0].reshape(-1)[:20], numbers[1].reshape(-1)[:6] = second, third
-    kernel = oracles.build(settle, SettleSpec(5, 2), isa)
-    inputs = [logits[0], logits[1], numbers[0], logits[2], numbers[1]]
-    (out,) = oracles.run(kernel, inputs, [((3, 5, 16), "float32")])
-    expected = oracles.from_tiles(logits[0])
-    expected[second] = oracles.from_tiles(logits[1])[:20]
-    expected[third] = oracles.from_tiles(logits[2])[:6]
+    kernel = oracles.build(settle, SettleSpec(5, (0, 2, 6)), isa)
+    inputs = [answers[0], trusts[0], answers[1], trusts[1], numbers[0], answers[2], numbers[1]]
+    (out,) = oracles.run(kernel, inputs, [((3, 7, 16), "float32")])
+    first, some, last = (
+        np.column_stack([oracles.from_tiles(a), np.full(len(a) * 16, layer), trust.reshape(-1)])
+        for a, layer, trust in zip(answers, (0, 2, 6), [*trusts, np.ones((1, 16))], strict=True)
+    )
+    expected = first
+    expected[second] = some[:20]
+    expected[third] = last[:6]
     np.testing.assert_array_equal(oracles.from_tiles(out), expected)

@@ -1,0 +1,234 @@
+"""Audits of early answers: a share of requests is answered again by all layers, and caches that err are trusted less.
+
+What a request's caches would have said, each by itself, and what the model says, is kept for the last audited requests.
+The thresholds are a function of these alone: those that the module was compiled with as long as, with them, the loss is
+within what the module allows; else raised together, each to the same quantile of the trust that its cache gave, until
+it is. So caches that come to err answer less, and those that recover answer again; and nothing is ever trusted more
+than when it was fitted. The loss is the share of answers whose class
+is not the model's own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import threading
+import zipfile
+from pathlib import Path
+from queue import Full, Queue
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whet.runtime.metadata import ArtifactError
+
+if TYPE_CHECKING:
+    from whet.runtime.engine import Engine
+
+_log = logging.getLogger(__name__)
+
+WINDOW = 1000
+"""Audited requests that thresholds follow from."""
+LEAST = 50
+"""Audited requests before they say anything."""
+_QUEUE = 256
+"""Requests that wait for their audit; more are let go."""
+_SAVE_EVERY = 32
+_LEVELS = np.linspace(0.0, 1.0, 51)
+_FORMAT = 1
+_KIND = "whet audit"
+
+NEVER = float(np.finfo(np.float32).max)
+
+
+class Request(NamedTuple):
+    """Token ids, positions and types, each ``(tokens,)``; types may be None."""
+
+    ids: NDArray[Any]
+    positions: NDArray[Any]
+    types: NDArray[Any] | None
+
+
+class Auditor:
+    """Watches a session's requests and sets its thresholds; see the module docstring.
+
+    The work is done by a thread of its own, one request at a time on one CPU; a request that is audited takes there as
+    long as the caches' layers and all layers together. State is kept in ``path``, written whole every so many audits
+    and whenever thresholds change, so that a crash loses little and damages nothing; of several processes with the same
+    module the last to write wins.
+    """
+
+    def __init__(self, engine: Engine, twin: Engine, share: float, path: Path, digest: bytes) -> None:
+        """``twin`` is a second engine of the same module, whose thresholds are the auditor's own to change."""
+        if not 0 < share <= 1:
+            raise ValueError(f"audit is {share}; expected a share of requests, above 0 and at most 1")
+        if engine.thresholds is None or twin.thresholds is None:
+            raise ValueError(f"{engine.path} has no caches to audit; leave audit out, or compile with freeze=")
+        if not os.access(path.resolve().parent, os.W_OK):
+            raise ValueError(f"audits of {engine.path} are kept in {path}, which can't be written; make it writable")
+        self.share = share
+        self.path = path
+        self.count = 0
+        """Requests audited by this process."""
+        self.dropped = 0
+        """Requests that were chosen, but came while too many waited."""
+        self._engine, self._twin, self._digest = engine, twin, digest
+        self._fitted: NDArray[Any] = twin.thresholds.copy()
+        self._kept = np.empty((WINDOW, 2, len(self._fitted)))
+        """Trust and loss of each cache, of the last requests, overwritten in turns."""
+        self._added = 0
+        self._queue: Queue[Request] = Queue(_QUEUE)
+        self._process = 0
+        self._start = threading.Lock()
+        if path.exists():
+            self._load()
+            self._apply()
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the audited requests that are remembered, with the thresholds of now; NaN before the first."""
+        if not self._added or self._engine.thresholds is None:
+            return float("nan")
+        return _mean_loss(self._engine.thresholds, *self._seen())
+
+    def _seen(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Trust and loss ``(requests, caches)`` of what is remembered."""
+        kept = self._kept[: self._added]
+        return kept[:, 0], kept[:, 1]
+
+    def _add(self, trust: NDArray[Any], loss: NDArray[Any]) -> None:
+        self._kept[self._added % WINDOW] = trust, loss
+        self._added += 1
+
+    def offer(self, ids: NDArray[Any], lengths: NDArray[Any], positions: NDArray[Any], types: Any) -> None:
+        """Take a share of the requests of a call."""
+        start = 0
+        for length in lengths.tolist():
+            if random.random() < self.share:
+                tokens = slice(start, start + length)
+                of_types = None if types is None else types[tokens].copy()
+                try:
+                    self._queue.put_nowait(Request(ids[tokens].copy(), positions[tokens].copy(), of_types))
+                except Full:
+                    self.dropped += 1
+                self._run()
+            start += length
+
+    def wait(self) -> None:
+        """Until all requests that were taken have been audited, and the state is written."""
+        self._queue.join()
+        self._save()
+
+    def _run(self) -> None:
+        """Start the thread, once in each process."""
+        if self._process != os.getpid():
+            with self._start:
+                if self._process != os.getpid():
+                    self._process = os.getpid()
+                    threading.Thread(target=self._work, name="whet-audit", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            request = self._queue.get()
+            try:
+                self._add(*self._ask(request))
+                self.count += 1
+                changed = self._apply()
+                if changed or self.count % _SAVE_EVERY == 0:
+                    self._save()
+            except Exception:  # such as a full disk: the service goes on, and so does the thread
+                _log.exception("an audit of %s failed", self._engine.path)
+            finally:
+                self._queue.task_done()
+
+    def _ask(self, request: Request) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Trust in each cache's answer ``(caches,)``, and what is lost by it."""
+        thresholds = self._twin.thresholds
+        assert thresholds is not None
+        rows = []
+        length = np.array([len(request.ids)])
+        for cache in range(len(thresholds) + 1):
+            thresholds[:] = NEVER
+            if cache < len(thresholds):
+                thresholds[cache] = -NEVER
+            rows.append(self._twin.traced(request.ids, length, request.positions, request.types)[0])
+        answers, trust = np.array([row[:-2] for row in rows]), np.array([row[-1] for row in rows[:-1]])
+        loss = answers.argmax(axis=1) != answers[-1].argmax()
+        return trust, loss[:-1]
+
+    def _apply(self) -> bool:
+        """Set the session's thresholds; returns whether they changed."""
+        thresholds = self._engine.thresholds
+        assert thresholds is not None
+        new = self._fitted
+        if self._added >= LEAST:
+            new = tightened(self._fitted, *self._seen(), self._engine.metadata.allowed_loss)
+        changed = not np.array_equal(thresholds, new)
+        thresholds[:] = new
+        return changed
+
+    # The file.
+
+    def _save(self) -> None:
+        header = {"kind": _KIND, "format": _FORMAT, "module": self._digest.hex()}
+        trust, loss = self._seen()
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with partial.open("wb") as file:
+                np.savez(
+                    file,
+                    header=np.frombuffer(json.dumps(header).encode(), np.uint8),
+                    trust=trust,
+                    loss=loss,
+                )
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _load(self) -> None:
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                header = json.loads(archive["header"].tobytes())
+                trust, loss = archive["trust"].astype(np.float64), archive["loss"].astype(np.float64)
+            wrong = header["kind"] != _KIND or header["format"] != _FORMAT
+            wrong |= trust.shape != loss.shape or trust.shape[1:] != (len(self._fitted),)
+            module = header["module"]
+        except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            raise ArtifactError(
+                f"{self.path} is damaged or keeps no audits ({type(error).__name__}: {error}); delete it to start anew"
+            ) from error
+        if module != self._digest.hex():
+            raise ArtifactError(
+                f"{self.path} keeps audits of another module than {self._engine.path}, such as one that was compiled "
+                "earlier; delete it to start anew"
+            )
+        if wrong:
+            raise ArtifactError(f"{self.path} keeps no audits that this runtime reads; delete it to start anew")
+        for one in zip(trust[-WINDOW:], loss[-WINDOW:], strict=True):
+            self._add(*one)
+
+
+def tightened(fitted: NDArray[Any], trust: NDArray[Any], loss: NDArray[Any], allowed: float) -> NDArray[np.float32]:
+    """The least raised thresholds ``(caches,)`` whose mean loss over audited requests is at most ``allowed``.
+
+    ``trust`` and ``loss`` are ``(requests, caches)``.
+    """
+    thresholds = fitted
+    for level in _LEVELS:
+        raised = np.quantile(trust, level, axis=0) if level < 1 else np.full(len(fitted), NEVER)
+        thresholds = np.maximum(fitted, raised) if level > 0 else fitted
+        if _mean_loss(thresholds, trust, loss) <= allowed:
+            break
+    return thresholds.astype(np.float32)
+
+
+def _mean_loss(thresholds: NDArray[Any], trust: NDArray[Any], loss: NDArray[Any]) -> float:
+    requests = np.arange(len(trust))
+    trusted = trust >= thresholds
+    first = trusted.argmax(axis=1)
+    return float(np.where(trusted.any(axis=1), loss[requests, first], 0.0).mean())

@@ -63,7 +63,7 @@ def paired(blocks: NDArray[Any]) -> Paired:
 def _paired(blocks: NDArray[Any]) -> tuple[NDArray[Any], ...]:
     """Do it for a few lists; returns the fields of ``Paired``."""
     lists, quads, rows, _ = blocks.shape
-    alone = (_limits(blocks).max(axis=4).min(axis=3) > LIMIT).any(axis=2)
+    alone = (_limits(blocks) > LIMIT).any(axis=4).all(axis=3).any(axis=2)
     # Of two neighbours one is rounded up and one down, and the other way round in what is left: both keep the rule.
     halves = np.where(alone[..., None, None], (blocks + np.array([0, 1, 0, 1], np.int16)) >> 1, 0).astype(np.int8)
     values = np.concatenate([blocks - halves, halves, np.zeros((lists, 1, rows, 4), np.int8)], axis=1)
@@ -95,7 +95,8 @@ def _limits(blocks: NDArray[Any]) -> NDArray[Any]:
     A block has two sums in each row, whose weights may be flipped in the ways of ``_FLIPS``.
     """
     neighbours = blocks.astype(np.int16).reshape(*blocks.shape[:3], 2, 1, 2) * (1 - 2 * _FLIPS)
-    signs = np.stack([np.maximum(neighbours, 0).sum(5), np.maximum(-neighbours, 0).sum(5)], axis=5)
+    one, other = neighbours[..., 0], neighbours[..., 1]
+    signs = np.stack([np.maximum(one, 0) + np.maximum(other, 0), np.maximum(-one, 0) + np.maximum(-other, 0)], axis=5)
     limits = np.minimum(signs, LIMIT + 1).astype(np.uint8).transpose(0, 1, 3, 4, 2, 5)
     return np.ascontiguousarray(limits).reshape(*limits.shape[:4], -1)
 

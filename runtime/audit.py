@@ -109,12 +109,12 @@ class Auditor:
         for length in lengths.tolist():
             if random.random() < self.share:
                 tokens = slice(start, start + length)
+                self._run()
                 of_types = None if types is None else types[tokens].copy()
                 try:
                     self._queue.put_nowait(Request(ids[tokens].copy(), positions[tokens].copy(), of_types))
                 except Full:
                     self.dropped += 1
-                self._run()
             start += length
 
     def wait(self) -> None:
@@ -123,16 +123,18 @@ class Auditor:
         self._save()
 
     def _run(self) -> None:
-        """Start the thread, once in each process."""
+        """Start the thread, once in each process: a fork has none, and a queue that may be locked."""
         if self._process != os.getpid():
             with self._start:
                 if self._process != os.getpid():
+                    self._queue = Queue(_QUEUE)
                     self._process = os.getpid()
                     threading.Thread(target=self._work, name="whet-audit", daemon=True).start()
 
     def _work(self) -> None:
+        queue = self._queue
         while True:
-            request = self._queue.get()
+            request = queue.get()
             try:
                 self._add(*self._ask(request))
                 self.count += 1
@@ -142,7 +144,7 @@ class Auditor:
             except Exception:  # such as a full disk: the service goes on, and so does the thread
                 _log.exception("an audit of %s failed", self._engine.path)
             finally:
-                self._queue.task_done()
+                queue.task_done()
 
     def _ask(self, request: Request) -> tuple[NDArray[Any], NDArray[Any]]:
         """Trust in each cache's answer ``(caches,)``, and what is lost by it."""
@@ -175,7 +177,7 @@ class Auditor:
     def _save(self) -> None:
         header = {"kind": _KIND, "format": _FORMAT, "module": self._digest.hex()}
         trust, loss = self._seen()
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             with partial.open("wb") as file:
                 np.savez(

@@ -31,7 +31,8 @@ class StaySpec:
     in the same order; sources ``(nt, 16)`` int32, for every token its number before; live ``(3,)`` int32, the sizes of
     these three.
 
-    An entry leaves if its trust reaches the threshold. Lanes past the last token repeat it.
+    An entry leaves if its trust reaches the threshold. Lanes past the last token count on, as far as its tile
+    goes.
     """
 
     number: int
@@ -101,7 +102,9 @@ def stay(spec: StaySpec, _isa: Isa) -> tirx.PrimFunc:
                     _enter(kept, numbers, T.Bind(count[0] + i), (T.int32(0), T.int32(0)), T.int32(NOBODY))
                 with T.serial(tiles_left * TILE - end[0]) as i:
                     last = T.Bind(end[0] - 1)
-                    _set(sources, end[0] + i, sources[last // TILE, last % TILE])
+                    source = T.Bind(sources[last // TILE, last % TILE])
+                    # So that the tile of a request that stays where it is moves as a whole.
+                    _set(sources, end[0] + i, T.min(source + 1 + i, source // TILE * TILE + (TILE - 1)))
                 for i, size in enumerate((groups_left, groups_left, tiles_left)):
                     T.buffer_store(live, size, [i])
         return builder.get()

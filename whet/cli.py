@@ -481,8 +481,10 @@ def _add_freeze_fit(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--kind",
-        choices=["learned", "knn"],
-        help="small predictors of the answer, or the nearest of many earlier requests; default learned",
+        metavar="KIND",
+        choices=_Names("whet.freezing", "Kind"),
+        help="of the caches: %(choices)s; small predictors of the answer (default), or the nearest of many earlier "
+        "requests",
     )
     sub.add_argument(
         "--budget", metavar="SHARE", type=float, help="most accuracy to lose, of all requests; default 0.005"

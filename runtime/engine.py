@@ -18,7 +18,7 @@ from whet.runtime.cpu import choose_variant
 from whet.runtime.ffi import tvm_ffi
 from whet.runtime.library import load_runtime
 from whet.runtime.metadata import ArtifactError, Metadata
-from whet.runtime.packing import TILE, aligned, pack, positions_within, split, starts, unpack
+from whet.runtime.packing import TILE, aligned, pack, pack_records, positions_within, split, starts, unpack
 from whet.runtime.threads import available_cpus, use_threads
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class Engine:
         self.threads: int = threads or available_cpus()
         self._runtime = load_runtime(self.path.resolve().parent)
         self._library = _load_library(artifact)
-        packed = self.metadata.convention == "packed"
+        packed = self.metadata.convention != "padded"
         self._main: Any = self._library[self.metadata.entry] if packed else None
         self._weights = (
             tvm_ffi.from_dlpack(artifact.blob())
@@ -141,7 +141,7 @@ class Engine:
     def _run_requests(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], types: NDArray[Any] | None
     ) -> NDArray[np.float32]:
-        if self.metadata.convention == "packed":
+        if self.metadata.convention != "padded":
             return self._run_packed(ids, lengths, positions_within(lengths), types)
         # Batches of one: without padding no answer can depend on its neighbours.
         first = starts(lengths)
@@ -151,9 +151,17 @@ class Engine:
         return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
 
     def _run_packed(
-        self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any], types: NDArray[Any] | None
+        self,
+        ids: NDArray[Any],
+        lengths: NDArray[np.int64],
+        positions: NDArray[Any],
+        types: NDArray[Any] | None,
+        records: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float32]:
-        """Run whole requests in calls of at most ``max_tokens`` tokens. Positions have been checked."""
+        """Run whole requests in calls of at most ``max_tokens`` tokens. Positions have been checked.
+
+        ``records`` are the addresses that a module with records takes, ``(requests, 2)``.
+        """
         self._check_tokens(ids, types)
         if lengths.size and lengths.max() > self.metadata.max_length:
             raise ValueError(self._too_long(f"request {np.argmax(lengths)} has {lengths.max()} tokens"))
@@ -163,8 +171,12 @@ class Engine:
         for requests in split(lengths, self.metadata.max_tokens):
             tokens = slice(start, start + int(lengths[requests].sum()))
             rows = tokens if per_token else requests
-            args = pack(ids[tokens], positions[tokens], 0 if types is None else types[tokens], lengths[requests])
+            args: list[NDArray[Any]] = [
+                *pack(ids[tokens], positions[tokens], 0 if types is None else types[tokens], lengths[requests])
+            ]
             units = args[0] if per_token else args[3]
+            if self.metadata.records is not None:
+                args.append(pack_records(args[3], None if records is None else records[requests]))
             tiles = aligned((len(units), self.metadata.output.channels, TILE), np.float32)
             self._call(self._invoke_packed, [*args, tiles])
             out[rows] = unpack(tiles, rows.stop - rows.start)

@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 
 from whet.runtime.artifact import open_artifact
+from whet.runtime.memo import Memo
+from whet.runtime.memo_file import MemoError
 from whet.runtime.metadata import ArtifactError
 from whet.runtime.session import Session
 
-__all__ = ["ArtifactError", "Session", "load"]
+__all__ = ["ArtifactError", "MemoError", "Session", "load"]
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None, *, isa: str | None = None) -> Session:
+def load(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    *,
+    isa: str | None = None,
+    memo: str | os.PathLike[str] | None = None,
+    memo_level: str = "default",
+    memo_grow: bool = False,
+) -> Session:
     """Load a compiled module.
 
     A module is native code and runs with your rights: load only files that you trust.
@@ -20,11 +30,18 @@ def load(path: str | os.PathLike[str], threads: int | None = None, *, isa: str |
         path: a file that ``whet.compile`` wrote.
         threads: threads that a call uses; None for every CPU that this process may use (affinity and CPU quota).
         isa: name of one of the instruction sets that the module has code for; None for the fastest that this CPU runs.
+        memo: file that ``whet memo build`` made for this module: requests near enough to one of its records use that.
+        memo_level: how near is near enough: ``"strict"``, ``"default"`` or ``"loose"``.
+        memo_grow: let requests that find nothing add records while there is room; one process at a time may.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the module has no code for ``isa``.
+        ValueError: the module has no code for ``isa``; there is no such level.
+        MemoError: the memo file is damaged, or for another module.
         ArtifactError: it is truncated, corrupt, no Whet module, of another format version, or for another CPU.
 
     """
-    return Session(open_artifact(path), threads, isa)
+    session = Session(open_artifact(path), threads, isa)
+    if memo is not None:
+        session.memo = Memo(memo, session.metadata, level=memo_level, grow=memo_grow)
+    return session

@@ -17,6 +17,7 @@ from whet.runtime.artifact import Artifact
 from whet.runtime.cpu import choose_variant
 from whet.runtime.ffi import tvm_ffi
 from whet.runtime.library import load_runtime
+from whet.runtime.memo import Memo
 from whet.runtime.metadata import ArtifactError, Metadata
 from whet.runtime.packing import TILE, aligned, pack, pack_records, positions_within, split, starts, unpack
 from whet.runtime.threads import available_cpus, use_threads
@@ -49,6 +50,7 @@ class Engine:
             if packed
             else tvm_ffi.convert([tvm_ffi.from_dlpack(array) for array in artifact.weights(self.metadata)])
         )
+        self.memo: Memo | None = None
         self._local = threading.local()
         self._helpers: dict[int, ThreadPoolExecutor] = {}
 
@@ -151,6 +153,60 @@ class Engine:
         return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
 
     def _run_packed(
+        self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any], types: NDArray[Any] | None
+    ) -> NDArray[np.float32]:
+        """Run whole requests. Positions have been checked."""
+        self._check_tokens(ids, types)
+        if lengths.size and lengths.max() > self.metadata.max_length:
+            raise ValueError(self._too_long(f"request {np.argmax(lengths)} has {lengths.max()} tokens"))
+        # Records are of requests whose positions count from 0.
+        if self.memo is not None and np.array_equal(positions, positions_within(lengths)):
+            records = self.memo.find(ids, types, lengths)
+            if records is not None:
+                return self._run_with_memo(self.memo, ids, lengths, positions, types, records)
+        return self.run_recorded(ids, lengths, positions, types)
+
+    def _run_with_memo(
+        self,
+        memo: Memo,
+        ids: NDArray[Any],
+        lengths: NDArray[np.int64],
+        positions: NDArray[Any],
+        types: NDArray[Any] | None,
+        records: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Run requests without records before those with, so that both have tiles of their own."""
+        first = starts(lengths)
+        spans = [slice(a, a + n) for a, n in zip(first.tolist(), lengths.tolist(), strict=True)]
+        per_token = self.metadata.output.per == "token"
+        out = np.empty((len(ids) if per_token else len(lengths), self.metadata.output.channels), np.float32)
+        order = np.argsort(records[:, 0] != 0, kind="stable").tolist()
+        if memo.grows:
+            alone = [i for i in order if not records[i, 0] and memo.wants(int(lengths[i]))]
+            for i in alone:
+                s = spans[i]
+                tokens = memo.tokens(ids, types, s)
+                with memo.adding(tokens) as room:
+                    out[s if per_token else slice(i, i + 1)] = self.run_recorded(
+                        ids[s],
+                        lengths[i : i + 1],
+                        positions[s],
+                        None if types is None else types[s],
+                        np.array([[0, room]]),
+                    )
+            order = [i for i in order if i not in set(alone)]
+        if order:
+            tokens = np.concatenate([np.arange(spans[i].start, spans[i].stop) for i in order])
+            out[tokens if per_token else order] = self.run_recorded(
+                ids[tokens],
+                lengths[order],
+                positions[tokens],
+                None if types is None else types[tokens],
+                records[order],
+            )
+        return out
+
+    def run_recorded(
         self,
         ids: NDArray[Any],
         lengths: NDArray[np.int64],
@@ -158,13 +214,11 @@ class Engine:
         types: NDArray[Any] | None,
         records: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float32]:
-        """Run whole requests in calls of at most ``max_tokens`` tokens. Positions have been checked.
+        """Run checked requests in calls of at most ``max_tokens`` tokens; ``records`` are what the module takes.
 
-        ``records`` are the addresses that a module with records takes, ``(requests, 2)``.
+        They are ``(requests, 2)``, see whet.schedules.attention_memoized: requests without a record to use come first,
+        and one whose record is made is alone.
         """
-        self._check_tokens(ids, types)
-        if lengths.size and lengths.max() > self.metadata.max_length:
-            raise ValueError(self._too_long(f"request {np.argmax(lengths)} has {lengths.max()} tokens"))
         per_token = self.metadata.output.per == "token"
         out = np.empty((len(ids) if per_token else len(lengths), self.metadata.output.channels), np.float32)
         start = 0

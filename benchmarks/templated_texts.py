@@ -1,9 +1,9 @@
 """Writes requests that resemble one another, as filled-in templates do: paragraphs with some words replaced.
 
-    python benchmarks/templated_texts.py wiki.train.tokens.gz MODULE.so TOKENS FOLDER    # corpus.txt and stream.txt
+    python benchmarks/templated_texts.py train.raw.gz MODULE.so TOKENS FOLDER    # corpus, held-out and stream .txt
 
-Each template is a paragraph of WikiText-2 (raw, gzip); a request replaces a few of its words by others that are one token
-as well, at places that belong to the template, so that all requests of a template have the same number of tokens.
+Each template is a paragraph of WikiText-2 (raw, gzip); a request replaces three of its words, at places that belong to
+the template, by some of six others, all of them one token: all requests of a template have the same number of tokens.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 import whet
 
-TEMPLATES, OF_CORPUS, OF_STREAM, FIELDS = 24, 8, 4, 6
+TEMPLATES, FIELDS, VALUES = 24, 3, 6
+"""Templates, words of one that vary, and what each of them may be."""
+REQUESTS = {"corpus": 8, "held-out": 5, "stream": 5}
+"""Of each template, by file."""
 
 
 def main() -> None:
-    """Write both files."""
+    """Write the files."""
     source, module, tokens, folder = sys.argv[1:]
     session = whet.load(module, threads=1)
     random = np.random.default_rng(0)
@@ -37,11 +41,12 @@ def main() -> None:
         )
         places = [i for i, w in enumerate(cut or []) if w in single]
         if cut is not None and _length(session, cut) == int(tokens) and len(places) >= FIELDS:
-            templates.append((cut, random.choice(places, FIELDS, replace=False)))
+            values = random.choice(fillers, (FIELDS, VALUES))
+            templates.append((cut, dict(zip(random.choice(places, FIELDS, replace=False), values, strict=True))))
         if len(templates) == TEMPLATES:
             break
-    for name, count in (("corpus", OF_CORPUS), ("stream", OF_STREAM)):
-        filled = [_fill(template, places, fillers, random) for template, places in templates for _ in range(count)]
+    for name, count in REQUESTS.items():
+        filled = [_fill(template, fields, random) for template, fields in templates for _ in range(count)]
         lines = [filled[i] for i in random.permutation(len(filled))]
         (Path(folder) / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -50,12 +55,10 @@ def _length(session: whet.Session, words: list[str]) -> int:
     return int(session.requests([" ".join(words)])[0].shape[1])
 
 
-def _fill(
-    template: list[str], places: np.ndarray[tuple[int], np.dtype[np.int64]], fillers: list[str], random: np.random.Generator
-) -> str:
+def _fill(template: list[str], fields: dict[int, NDArray[np.str_]], random: np.random.Generator) -> str:
     filled = list(template)
-    for place in places:
-        filled[place] = str(random.choice(fillers))
+    for place, values in fields.items():
+        filled[place] = str(random.choice(values))
     return " ".join(filled)
 
 

@@ -1,9 +1,9 @@
 """Finds the record that a request can use: of an earlier one with the same tokens, or of the nearest in a memo file.
 
 One look-up serves all layers, before the first of them. The distance of two requests of the same number of tokens is
-that of their word embeddings, projected, place by place: the root of the mean over places of the squared distance. A key
-of a fixed size, a sum of the projections with signs that belong to the places, has nearly the same distances and finds
-the nearest; whether it is near enough its tokens say.
+that of their word embeddings, projected, place by place: the root of the mean over places of the squared distance. A
+key of a fixed size, a sum of the projections with signs that belong to the places, has nearly the same distances and
+finds the nearest; whether it is near enough its tokens say.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -87,15 +88,17 @@ class MemoReport:
         ]
         for level, distance in self.levels.items():
             lines.append(
-                f"  {level}: {self.hits[level]:.1%} near enough (distance {distance:.4f}), {self.loss[level]:.2f} points lost"
+                f"  {level}: {self.hits[level]:.1%} near enough (distance {distance:.4f}), "
+                f"{self.loss[level]:.2f} points lost"
             )
         for b in self.buckets:
             gains = {level: b.gain(level) for level in self.levels}
             paying = [level for level, gain in gains.items() if gain > 0]
             lines.append(
-                f"  {b.lengths[0]} to {b.lengths[1]} tokens ({b.requests} requests): {b.plain:.0f} µs, a hit {b.hit:.0f}, "
-                f"a look-up {b.look_up:.0f}; default level: {b.hits['default']:.1%} hit, {gains['default']:+.0f} µs saved "
-                f"per request; " + (f"looks up at {', '.join(paying)}" if paying else "does not pay: no look-ups")
+                f"  {b.lengths[0]} to {b.lengths[1]} tokens ({b.requests} requests): {b.plain:.0f} µs, "
+                f"a hit {b.hit:.0f}, a look-up {b.look_up:.0f}; default level: {b.hits['default']:.1%} hit, "
+                f"{gains['default']:+.0f} µs saved per request; "
+                + (f"looks up at {', '.join(paying)}" if paying else "does not pay: no look-ups")
             )
         return "\n".join(lines)
 
@@ -113,7 +116,7 @@ def build(
     """Run a corpus and keep its attention (AttMemo, arXiv 2301.09262) for ``whet.load(…, memo=…)``.
 
     Which requests count as near enough, by level, is chosen on the held-out ones: the largest distance at which the
-    loss, plus its standard error, stays within the budget. At which lengths looking up pays is measured on this machine.
+    loss, plus its standard error, stays within the budget. At which lengths looking up pays is measured here.
 
     Args:
         module: compiled with ``memo=True``.
@@ -141,18 +144,18 @@ def build(
         chosen = np.random.default_rng(0).permutation(len(corpus)) % _HELD_OUT == 0
         held_out = [text for text, out in zip(corpus, chosen, strict=True) if out]
         corpus = [text for text, out in zip(corpus, chosen, strict=True) if not out]
-    if len(held_out) < _LEAST or not len(corpus):
+    if len(held_out) < _LEAST or len(corpus) == 0:
         raise ValueError(
             f"there are {len(corpus)} requests for the database and {len(held_out)} to choose on; expected at least "
             f"1 and {_LEAST}"
         )
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         with progress.phase("read texts"):
             requests, others = session.requests(corpus), session.requests(held_out[:_MOST])
         description, kept = _plan(session, requests, memory)
-        create(partial, description, _vectors(session))
-        memo = Memo(partial, session.metadata, grow=True)
+        create(unfinished, description, _vectors(session))
+        memo = Memo(unfinished, session.metadata, grow=True)
         with progress.phase("run the corpus", len(kept)) as advance:
             for tokens in kept:
                 with memo.adding(tokens) as room:
@@ -161,11 +164,11 @@ def build(
         with progress.phase("choose distances and lengths"):
             report = _judge(session, memo, others, max_loss)
         pays = {level: [list(b.lengths) for b in report.buckets if b.gain(level) > 0] for level in LEVELS}
-        describe(partial, replace(description, levels=report.levels, pays=pays, report=asdict(report)))
+        describe(unfinished, replace(description, levels=report.levels, pays=pays, report=asdict(report)))
         memo.file.flush()
-        partial.replace(output)
+        unfinished.replace(output)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return report
 
 
@@ -203,7 +206,6 @@ class MemoBench:
     """Points, as of ``MemoReport``."""
     same: float
     """Share of requests whose answers have the same bits."""
-    report: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -215,8 +217,8 @@ class MemoBench:
             for name, t in (("mean", self.mean), ("median", self.median), ("p95", self.p95))
         )
         return (
-            f"{self.requests} requests, {self.looked_up} looked up ({self.look_up:.0f} µs each), {self.hits} hit in all "
-            f"layers ({self.hits / max(1, self.requests):.1%}) at level {self.level}\n{times}\n"
+            f"{self.requests} requests, {self.looked_up} looked up ({self.look_up:.0f} µs each), {self.hits} hit "
+            f"({self.hits / max(1, self.requests):.1%}, in all layers) at level {self.level}\n{times}\n"
             f"{self.loss:.2f} points lost; {self.same:.1%} of the answers have the same bits"
         )
 
@@ -241,17 +243,17 @@ def measure(
     spent = []
     with (progress or Silent()).phase("run the requests", len(requests)) as advance:
         for tokens in requests:
-            ids, types, length = tokens[0], tokens[1], np.array([tokens.shape[1]])
+            given = tokens[0], tokens[1], np.array([tokens.shape[1]])
             before = with_memo.memo.hits, with_memo.memo.misses
             for name, session in (("plain", plain), ("memo", with_memo)):
-                answers[name].append(session.run_packed(ids, length, None, types))
+                answers[name].append(_one(session, given))
             hit, missed = with_memo.memo.hits - before[0], with_memo.memo.misses - before[1]
             hits, looked_up = hits + hit, looked_up + hit + missed
-            best = _best([lambda s=s: s.run_packed(ids, length, None, types) for s in (plain, with_memo)])  # type: ignore[misc]
+            best = _best([partial(_one, session, given) for session in (plain, with_memo)])
             for name, seconds in zip(times, best, strict=True):
                 times[name].append(seconds * 1e3)
             if hit + missed:
-                spent.append(_best([lambda: with_memo.memo.find(ids, types, length)])[0] * 1e6)  # type: ignore[union-attr]
+                spent.append(_best([partial(with_memo.memo.find, *given)])[0] * 1e6)
             advance(1)
     losses = _losses(plain, [a.reshape(1, -1) for a in answers["plain"]], [a.reshape(1, -1) for a in answers["memo"]])
     statistics: list[Callable[[list[float]], Any]] = [np.mean, np.median, lambda t: np.percentile(t, 95)]
@@ -317,6 +319,13 @@ def _vectors(session: Session) -> NDArray[np.float16]:
     vectors = np.zeros((len(table), DIMENSIONS), np.float16)
     vectors[:, : axes.shape[1]] = table @ axes
     return vectors
+
+
+def _one(
+    session: Session, given: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]
+) -> NDArray[np.float32]:
+    ids, types, length = given
+    return session.run_packed(ids, length, None, types)
 
 
 def _run(

@@ -29,7 +29,7 @@ LEVELS = ("strict", "default", "loose")
 class Keys:
     """Keys and distances of requests, by the vectors of tokens."""
 
-    def __init__(self, vectors: NDArray[np.float16], max_length: int) -> None:
+    def __init__(self, vectors: NDArray[np.float32], max_length: int) -> None:
         self._vectors = vectors
         dimensions = vectors.shape[1]
         bits = np.frombuffer(hashlib.shake_256(b"whet").digest(max_length * dimensions // 8), np.uint8)
@@ -37,15 +37,15 @@ class Keys:
 
     def key(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Of token ids ``(length,)``; float32 ``(dimensions,)``."""
-        rows = self._vectors[ids].astype(np.float32)
+        rows = self._vectors[ids]
         key: NDArray[np.float32] = np.einsum("td,td->d", rows, self._signs[: len(ids)]) / np.float32(np.sqrt(len(ids)))
         return key
 
     def distance(self, a: NDArray[np.int32], b: NDArray[np.int32]) -> float:
         """Of two requests' token ids ``(length,)``."""
         other = np.flatnonzero(a != b)
-        difference = self._vectors[a[other]].astype(np.float32) - self._vectors[b[other]].astype(np.float32)
-        return float(np.sqrt(np.square(difference).sum() / len(a)))
+        difference = (self._vectors[a[other]] - self._vectors[b[other]]).reshape(-1)
+        return float(np.sqrt(difference @ difference / len(a)))
 
 
 class Memo:

@@ -4,7 +4,7 @@
 at             contents
 =============  ============================================================================================
 0              magic, format, size and SHA-256 of the description, number of records; the description, JSON
-``vectors``    float16 ``(vocabulary, dimensions)``: what a token adds to a request's key
+``vectors``    float32 ``(vocabulary, dimensions)``: what a token adds to a request's key
 ``entries``    one for each record there is room for, see ``ENTRY``
 ``keys``       float32 ``(capacity, dimensions)``
 ``records``    per record its attention (whet.schedules.attention_memoized), then token ids and types, int32
@@ -76,7 +76,7 @@ class Description:
 
     @property
     def entries(self) -> int:  # noqa: D102
-        return _page(self.vectors + 2 * self.vocabulary * self.dimensions)
+        return _page(self.vectors + 4 * self.vocabulary * self.dimensions)
 
     @property
     def keys(self) -> int:  # noqa: D102
@@ -109,7 +109,7 @@ class MemoFile:
                 raise MemoError(f"{path} is no memo file, or cut off; make one: whet memo build")
             self._pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
         self.description = d = self._describe()
-        self.vectors = self._view(np.float16, d.vectors, (d.vocabulary, d.dimensions))
+        self.vectors = self._view(np.float32, d.vectors, (d.vocabulary, d.dimensions))
         self.entries = self._view(ENTRY, d.entries, (d.capacity,))
         self.keys = self._view(np.float32, d.keys, (d.capacity, d.dimensions))
         self._address = int(np.frombuffer(self._pages, np.uint8).__array_interface__["data"][0])
@@ -212,7 +212,7 @@ class MemoFile:
             raise MemoError(f"{self.path} is damaged: its list of records is not what was written; build it again")
 
 
-def create(path: str | PathLike[str], description: Description, vectors: NDArray[np.float16]) -> None:
+def create(path: str | PathLike[str], description: Description, vectors: NDArray[np.float32]) -> None:
     """Make a file without records. Its room is claimed from the disk only as records are added."""
     with Path(path).open("wb") as file:
         file.seek(description.vectors)

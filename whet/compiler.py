@@ -45,6 +45,8 @@ Requests: TypeAlias = list[np.ndarray[Any, Any]]
 MAX_TOKENS = 1024
 """Tokens a call takes at once; larger batches are cut. Activations of so many tokens still fit the caches."""
 
+_WITH_MEMO = "Attention of earlier requests can be used, from a file of whet memo build."
+
 CALIBRATION_TOKENS = 128
 """Calibration texts are cut here: longer ones cost time and show nothing new."""
 
@@ -152,7 +154,7 @@ def compile(
     with clock.phase("import"):
         model = import_model(source, task=task, pooling=pooling, tokenizer=tokenizer)
         limit = length_limit(model, max_length)
-    notes = model.notes
+    notes = model.notes + (_WITH_MEMO,) * (memo and model.dialect)
     if model.dialect and precision == "bf16" and (zeros := max(sparsity, share_of_zeros(model.module))) > SPARSE:
         notes += (f"{zeros:.0%} of the weights are 0, which bf16 multiplies too: precision 'int8' makes use of them.",)
     if not model.dialect:

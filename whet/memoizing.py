@@ -306,7 +306,7 @@ def _plan(session: Session, requests: Sequence[NDArray[np.int32]], memory: int) 
     return replace(description, capacity=capacity), sorted(often[:count], key=lambda tokens: tokens.shape[1])
 
 
-def _vectors(session: Session) -> NDArray[np.float16]:
+def _vectors(session: Session) -> NDArray[np.float32]:
     """Word embeddings on their principal axes, ``(vocabulary, DIMENSIONS)``."""
     metadata = session.metadata
     weights = open_artifact(session.path).weights(metadata)
@@ -316,7 +316,7 @@ def _vectors(session: Session) -> NDArray[np.float16]:
         table *= np.asarray(weights[index + 1]).astype(np.float32).reshape(-1, 1)
     table -= table.mean(axis=0)
     axes = np.linalg.eigh(table.T @ table)[1][:, ::-1][:, :DIMENSIONS]
-    vectors = np.zeros((len(table), DIMENSIONS), np.float16)
+    vectors = np.zeros((len(table), DIMENSIONS), np.float32)
     vectors[:, : axes.shape[1]] = table @ axes
     return vectors
 

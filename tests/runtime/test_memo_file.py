@@ -36,7 +36,7 @@ def add(file, seed, length):
 
 @pytest.fixture
 def path(tmp_path):
-    create(tmp_path / "a.memo", DESCRIPTION, np.arange(400, dtype=np.float16).reshape(50, 8))
+    create(tmp_path / "a.memo", DESCRIPTION, np.arange(400, dtype=np.float32).reshape(50, 8))
     return tmp_path / "a.memo"
 
 
@@ -101,7 +101,7 @@ while True:
 
 def test_what_was_acknowledged_survives_a_kill(tmp_path):
     path = tmp_path / "a.memo"
-    create(path, replace(DESCRIPTION, capacity=10**5, size=1 << 28), np.zeros((50, 8), np.float16))
+    create(path, replace(DESCRIPTION, capacity=10**5, size=1 << 28), np.zeros((50, 8), np.float32))
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, path, Path(__file__).parent], stdout=subprocess.PIPE, text=True
     )

@@ -17,7 +17,7 @@ import numpy as np
 import whet
 from whet.runtime.packing import aligned
 
-SECONDS, LEAST, COPIES_BYTES = 20.0, 15, 400_000_000
+SECONDS, LEAST, COPIES_BYTES = 8.0, 15, 400_000_000
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 Before: ``main`` after ``lower``, nothing but ``call_tir``. After: a TIR function
 
-    main(ids, positions, token_types, segments, weights, workspace, out)
+    main(ids, positions, token_types, segments, [records,] weights, workspace, out)
 
 that calls the kernels directly: no virtual machine, no allocation, no reference counts. ``weights`` is the blob of all
 weights; ``workspace`` is scratch memory, so many bytes per tile and so many per group of requests. Values whose lives
@@ -35,6 +35,9 @@ READS_ALL_WEIGHTS = "whet.reads_all_weights"
 
 OVERWRITES = "whet.overwrites"
 """Attribute of a kernel: number of the parameter that its first output may lie over, element on element."""
+
+READS_LAST = "whet.reads_last"
+"""Attribute of a kernel that makes fewer tiles than it is given: it is for the last of them, not for the first."""
 
 LIVE = "whet.live"
 """Attribute of a kernel that writes sizes, as int32 to its last output: the unit of each other output's first one."""
@@ -111,7 +114,7 @@ class _Assembly:
             T.func_name(entry)
             counts: dict[Unit, Any] = {"tile": T.int64(), "group": T.int64()}
             shapes = {"tile": (counts["tile"], TILE), "group": (counts["group"], TILE, 2)}
-            pointers = {(p, 0): _argument(p.name, shapes[self.unit(p.ty)], "int32").data for p in self.inputs}
+            pointers = {(p, 0): _argument(p.name, shapes[self.unit(p.ty)], str(p.ty.dtype)).data for p in self.inputs}
             blob = _argument("weights", (T.int64(),), "uint8").data
             scratch = _argument("workspace", (T.int64(),), "uint8").data
             result = self.type_of(self.result)
@@ -272,11 +275,21 @@ class _Assembly:
         kernel = binding.value.args[0]
         values = [*self.read(binding), *self.made(binding)]
         sizes: dict[tirx.Var, Any] = {}
-        for parameter, value in zip(self.module[kernel].params, values, strict=True):
+        pairs = list(zip(self.module[kernel].params, values, strict=True))
+        # A kernel may be given more tiles than it is for: how many is said by what it makes, unless it decides on that.
+        for parameter, value in pairs if LIVE in self.module[kernel].attrs else reversed(pairs):
             for wanted, given in zip(parameter.ty.shape, shape_of_type(self.type_of(value)), strict=True):
                 if isinstance(wanted, tirx.Var) and wanted not in sizes:
                     sizes[wanted] = tirx.const(given, "int64") if isinstance(given, int) else counts[given]
-        arguments = [*(pointers[v] for v in values), *(sizes[s] for s in _symbols(self.module[kernel]))]
+        addresses = [pointers[v] for v in values]
+        if self.module[kernel].attrs.get(READS_LAST):
+            for i, (parameter, value) in enumerate(pairs):
+                wanted, given = parameter.ty.shape[0], self.type_of(value).shape[0]
+                if given in counts:
+                    others = counts[given] - sizes[wanted]
+                    offset = others * _bytes(self.type_of(value), of_unit=True)
+                    addresses[i] = T.handle_add_byte_offset(addresses[i], offset)
+        arguments = [*addresses, *(sizes[s] for s in _symbols(self.module[kernel]))]
 
         def call(parallel: bool) -> None:
             T.evaluate(tvm.ir.Call(self.subroutine(kernel, parallel), arguments))

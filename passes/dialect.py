@@ -102,6 +102,18 @@ def _infer_settle(call: relax.Call, _: Any) -> relax.TensorType:
     return _tiles(groups, channels + 2)
 
 
+def _infer_divide(call: relax.Call, _: Any) -> relax.TensorType:
+    return relax.TensorType((call.attrs["groups"], TILE, 2), "int32")
+
+
+def _infer_part(call: relax.Call, _: Any) -> relax.TensorType:
+    return _tiles(call.attrs["tiles"], shape_of(call.args[0])[1])
+
+
+def _infer_memoized_attention(call: relax.Call, _: Any) -> relax.TensorType:
+    return _tiles(call.attrs["tiles"], shape_of(call.args[2])[1])
+
+
 def _infer_quantized_weight(call: relax.Call, _: Any) -> relax.TensorType:
     return relax.TensorType(call.args[0].ty.shape, "float32")
 
@@ -121,6 +133,9 @@ LOOKUP = _register("lookup", -1, _infer_lookup)
 STAY = _register("stay", 3, _infer_stay)
 MOVE = _register("move", 2, _infer_move)
 SETTLE = _register("settle", -1, _infer_settle)
+DIVIDE = _register("divide", 3, _infer_divide)
+PART = _register("part", 1, _infer_part)
+MEMOIZED_ATTENTION = _register("memoized_attention", 5, _infer_memoized_attention)
 QUANTIZED_WEIGHT = _register("quantized_weight", 2, _infer_quantized_weight)
 
 
@@ -257,6 +272,42 @@ def settle(first: relax.Expr, *later: relax.Expr, layers: Sequence[int]) -> rela
     ``stay``, in turn; the last answer is the model's own, whose trust is 1. ``layers`` has a number for each answer.
     """
     return _call(SETTLE, [first, *later], layers=list(layers))
+
+
+def divide(tokens: relax.Expr, segments: relax.Expr, records: relax.Expr, *, stored: bool) -> relax.Call:
+    """Segments of the requests that have a record to use (``stored``) or of those that have none.
+
+    ``records`` are int64 ``(groups, 16, 2)``: addresses as ``whet.schedules.attention_memoized`` has them, or 0. The
+    result's groups, and the tiles that have tokens of its requests, which are the last or the first ones of the
+    ``tokens``, are not known before: attributes of the call name both numbers, ``groups`` and ``tiles``.
+    """
+    sizes = {name: tirx.Var(name, "int64") for name in ("groups", "tiles")}
+    return _call(DIVIDE, [tokens, segments, records], stored=stored, **sizes)
+
+
+def part(x: relax.Expr, *, tiles: tirx.Var, last: bool) -> relax.Call:
+    """The first ``tiles`` tiles of ``x``, or the last."""
+    return _call(PART, [x], tiles=tiles, last=last)
+
+
+def memoized_attention(
+    qkv: relax.Expr,
+    computed: relax.Expr,
+    v: relax.Expr,
+    stored: relax.Expr,
+    records: relax.Expr,
+    *,
+    tiles: tirx.Var,
+    layer: int,
+    **of_self_attention: float | bool | int,
+) -> relax.Call:
+    """``self_attention`` of ``qkv``, the first tiles, for the ``computed`` segments; the others use their records.
+
+    Those are the ``stored`` segments, of which ``v`` has V alone, in the last tiles. ``layer`` is the number within a
+    record. Returns all ``tiles``.
+    """
+    args = [qkv, computed, v, stored, records]
+    return _call(MEMOIZED_ATTENTION, args, tiles=tiles, layer=layer, **of_self_attention)
 
 
 def quantized_weight(values: relax.Expr, scale: relax.Expr) -> relax.Call:

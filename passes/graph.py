@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -98,11 +98,11 @@ def digest_of(module: IRModule) -> str:
     return digest.hexdigest()
 
 
-def rewrite(module: IRModule, visit: Visit) -> IRModule:
+def rewrite(module: IRModule, visit: Visit, inputs: Sequence[relax.Var] = ()) -> IRModule:
     """Rebuild ``main``: ``visit(builder, old_variable, call_with_new_arguments)`` gives what to bind instead.
 
     ``visit`` may emit further bindings through the builder. Bindings that nothing uses any more are dropped; names of
-    variables stay.
+    variables stay. ``inputs`` are parameters that ``main`` gets besides.
     """
     graph = Graph(module)
     builder = relax.BlockBuilder()
@@ -111,7 +111,7 @@ def rewrite(module: IRModule, visit: Visit) -> IRModule:
     def new(value: relax.Expr) -> relax.Expr:
         return renamed.get(value, value) if isinstance(value, relax.Var) else value
 
-    with builder.function("main", graph.params):
+    with builder.function("main", [*graph.params, *inputs]):
         with builder.dataflow():
             for binding in graph.bindings:
                 value = binding.value

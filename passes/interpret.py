@@ -102,8 +102,11 @@ class _Program:
     """The bindings of one function, with everything that depends on constants alone computed once."""
 
     def __init__(self, graph: Graph) -> None:
-        if len(graph.params) != 4:
-            raise ValueError(f"main has {len(graph.params)} parameters; expected ids, positions, token_types, segments")
+        if len(graph.params) not in (4, 5):
+            raise ValueError(
+                f"main has {len(graph.params)} parameters; expected ids, positions, token_types, segments and maybe "
+                "records"
+            )
         self.params = graph.params
         self.result = graph.result
         self.constants: dict[Any, Any] = {}
@@ -123,8 +126,8 @@ class _Program:
             self.steps.append((var, value))
 
     def run(self, batch: Packed, observe: Callable[[str, Rows], None] | None) -> Rows:
-        inputs = (batch.ids, batch.positions, batch.token_types, batch.segments)
-        values: dict[Any, Any] = {**self.constants, **dict(zip(self.params, inputs, strict=True))}
+        inputs = (batch.ids, batch.positions, batch.token_types, batch.segments, None)
+        values: dict[Any, Any] = {**self.constants, **dict(zip(self.params, inputs, strict=False))}
         for i, (var, value) in enumerate(self.steps):
             values[var] = _evaluate(value, values)
             if observe is not None and isinstance(value, relax.Call):
@@ -358,6 +361,31 @@ def _settle(first: Answers, *later: Any, layers: Sequence[int]) -> Rows:
     return out
 
 
+def _divide(
+    _tokens: Ids, segments: list[tuple[int, int]], _records: None, *, stored: bool, **_sizes: Any
+) -> list[tuple[int, int]]:
+    """Nobody has a record here."""
+    return [] if stored else segments
+
+
+def _part(x: Rows, *, last: bool, **_sizes: Any) -> Rows:
+    return x[:0] if last else x
+
+
+def _memoized_attention(
+    qkv: Rows,
+    computed: list[tuple[int, int]],
+    _v: Rows,
+    _stored: list[tuple[int, int]],
+    _records: None,
+    *,
+    tiles: Any,
+    layer: int,
+    **attrs: Any,
+) -> Rows:
+    return _self_attention(qkv, computed, **attrs)
+
+
 def _quantized_weight(values: npt.NDArray[np.int8], scale: Rows) -> Rows:
     return values.astype(np.float32) * scale[:, None]
 
@@ -378,5 +406,8 @@ _OPS: dict[str, Callable[..., Any]] = {
     "stay": _stay,
     "move": _move,
     "settle": _settle,
+    "divide": _divide,
+    "part": _part,
+    "memoized_attention": _memoized_attention,
     "quantized_weight": _quantized_weight,
 }

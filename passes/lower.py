@@ -18,9 +18,11 @@ import numpy as np
 from tvm import IRModule, relax, tirx
 
 from whet.schedules.attention import AttentionSpec, attention
+from whet.schedules.attention_memoized import DivideSpec, divide, memoized_attention
 from whet.schedules.bfloat16 import to_bits
 from whet.schedules.cache_lookup import LookupSpec, lookup, pack_rows
 from whet.schedules.dense import BLOCKS, DenseSpec, Output, Weight, dense
+from whet.schedules.dense_spec import HEADS
 from whet.schedules.early_exit import MoveSpec, SettleSpec, StaySpec, move, settle, stay
 from whet.schedules.elementwise import ActivateSpec, AddSpec, Quantization, QuantizeSpec, elementwise
 from whet.schedules.embed import EmbedSpec, embed
@@ -29,13 +31,13 @@ from whet.schedules.layer_norm import LayerNormSpec, layer_norm
 from whet.schedules.pool import NormalizeSpec, PoolSpec, normalize, pool
 
 from . import dialect
-from .assemble import LIVE, OVERWRITES, READS_ALL_WEIGHTS
+from .assemble import LIVE, OVERWRITES, READS_ALL_WEIGHTS, READS_LAST
 from .choose_kernels import block_density
 from .dialect import TILE, shape_of
-from .graph import Graph, attributes, is_call, weight_of
+from .graph import Graph, arguments, attributes, is_call, weight_of
 
 Array: TypeAlias = np.ndarray[Any, Any]
-Form: TypeAlias = Literal["tiles", "pairs", "quads", "dynamic", "heads", "requests", "sources", "trust"]
+Form: TypeAlias = Literal["tiles", "pairs", "quads", "dynamic", "heads", "values", "requests", "sources", "trust"]
 """The last three stand beside others: ``requests`` and ``sources`` beside the segments that ``stay`` makes, ``trust``
 beside what ``lookup`` answers."""
 Tuned: TypeAlias = Callable[[DenseSpec | AttentionSpec, Isa, float], Any]
@@ -107,6 +109,8 @@ class _Lowering:
         shapes = [(tiles, TILE)] * 3 + [(groups, TILE, 2)]
         names = ("ids", "positions", "token_types", "segments")
         inputs = [relax.Var(n, relax.TensorType(s, "int32")) for n, s in zip(names, shapes, strict=True)]
+        if len(self.graph.params) > len(inputs):
+            inputs.append(relax.Var(self.graph.params[-1].name, relax.TensorType((groups, TILE, 2), "int64")))
         for old, new in zip(self.graph.params, inputs, strict=True):
             self.forms[old, "tiles"] = (new,)
             self.counts[old.ty.shape[0]] = new.ty.shape[0]
@@ -188,8 +192,8 @@ class _Lowering:
         rows, columns = shape_of(call.args[1])
         demand = self.demands[var]
         output: Output = "tiles"
-        if "heads" in demand.forms:
-            output = "heads"
+        if apart := [o for o in HEADS if o in demand.forms]:
+            (output,) = apart
         elif integer and demand.forms == {"quads"}:
             output = "quads"
         elif form == "pairs" and demand.forms == {"pairs"}:
@@ -228,14 +232,17 @@ class _Lowering:
             types = [self.tiles_type(var)]
         else:
             types = (
-                self.heads_types(var, rows // 3, integer)
-                if output == "heads"
+                self.heads_types(var, rows, output, integer)
+                if output in HEADS
                 else self.rounded_types(var, rows, output)
             )
         notes: dict[str, Any] = {READS_ALL_WEIGHTS: True}
         if residual:
             notes[OVERWRITES] = arguments.index(residual[0])
-        func = self.kernel(("streaming", spec, knobs), lambda: kernel.func.with_attrs(notes))
+        source = self.graph.producer(call.args[0])
+        if last := is_call(source, dialect.PART) and bool(attributes(source)["last"]):
+            notes[READS_LAST] = True
+        func = self.kernel(("streaming", spec, knobs, last), lambda: kernel.func.with_attrs(notes))
         self.forms[var, output] = self.emit(func, _kernel_name(spec), arguments, types, var.name)
         if output == "tiles" and demand.rounded:
             self.round(var)
@@ -250,12 +257,10 @@ class _Lowering:
         else:
             scale = weight_scale.astype(np.float64) * float(attrs["x_scale"])
             bias = bias.astype(np.float64) - scale * int(attrs["x_zero"]) * sums
-        if output == "heads":
-            reader = next(
-                v for v in self.graph.values.values() if is_call(v, dialect.SELF_ATTENTION) and v.args[0].same_as(var)
-            )
-            parts = [float(attributes(reader)[f"{p}_scale"]) for p in "qkv"]
-            inverse = np.repeat(1.0 / np.array(parts), len(bias) // 3)
+        if output in HEADS:
+            reader = next(v for v in self.graph.values.values() if any(var.same_as(a) for a in arguments(v)))
+            parts = [float(attributes(reader)[f"{p}_scale"]) for p in HEADS[output]]
+            inverse = np.repeat(1.0 / np.array(parts), len(bias) // len(parts))
             scale, bias = scale * inverse, bias * inverse
         folded = [scale.astype(np.float32), bias.astype(np.float32)]
         return [*folded, sums.astype(np.float32)] if attrs.get("per_token") else folded
@@ -289,15 +294,58 @@ class _Lowering:
         form: Form = "quads" if integer else "pairs"
         numbers: list[Array] = []
         if integer:
-            demand = self.demands[var]
-            score = float(attrs["q_scale"]) * float(attrs["k_scale"]) * float(attrs["scale"])
-            numbers = [np.array([score, float(attrs["v_scale"]) / demand.scale, demand.zero, 0.0], np.float32)]
+            numbers = [self.attention_params(attrs, self.demands[var])]
         types = self.rounded_types(var, channels, form)
         self.forms[var, form] = self.call("attention", spec, generator, inputs, numbers, types, var.name)
 
     def lower_scale_channels(self, var: relax.Var, call: relax.Call) -> None:
         """Nothing is left to do: what made the value has scaled it while it was rounding it."""
         self.forms[var, "quads"] = self.forms[self.graph.source(call.args[0]), "quads"]
+
+    def attention_params(self, attrs: dict[str, Any], demand: Demand) -> Array:
+        """The params of int8 attention, see ``AttentionSpec``."""
+        score = float(attrs["q_scale"]) * float(attrs["k_scale"]) * float(attrs["scale"])
+        return np.array([score, float(attrs["v_scale"]) / demand.scale, demand.zero, 0.0], np.float32)
+
+    def lower_divide(self, var: relax.Var, call: relax.Call) -> None:
+        groups, tiles = (attributes(call)[unit] for unit in ("groups", "tiles"))
+        types = [
+            relax.TensorType((groups, TILE, 2), "int32"),
+            relax.TensorType((tiles,), "int8"),
+            relax.TensorType((2,), "int32"),
+        ]
+        inputs = [self.tiles(a) for a in call.args]
+        spec = DivideSpec(bool(attributes(call)["stored"]))
+        self.forms[var, "tiles"] = self.call("divide", spec, _divide_live, inputs, [], types, var.name)[:1]
+
+    def lower_part(self, var: relax.Var, call: relax.Call) -> None:
+        source = self.graph.source(call.args[0])
+        for form in self.demands[var].forms:
+            self.forms[var, form] = self.forms[source, form]
+
+    def lower_memoized_attention(self, var: relax.Var, call: relax.Call) -> None:
+        attrs = attributes(call)
+        channels, heads = shape_of(var)[1], int(attrs["heads"])
+        qkv, computed, v, stored, records = (self.graph.source(a) for a in call.args)
+        spec = AttentionSpec(heads, channels // heads, "i8", self.max_length)
+        knobs = self.tuned(spec, self.isa, 1.0)
+        inputs = [
+            *self.forms[qkv, "heads"],
+            self.tiles(computed),
+            *self.forms[v, "values"],
+            *(self.tiles(a) for a in (stored, records)),
+        ]
+        numbers = [self.attention_params(attrs, self.demands[var]), np.array([attrs["layer"]], np.int32)]
+        types = self.rounded_types(var, channels, "quads")
+        self.forms[var, "quads"] = self.call(
+            "memoized_attention",
+            spec,
+            lambda spec, isa: memoized_attention(spec, isa, knobs),
+            inputs,
+            numbers,
+            types,
+            var.name,
+        )
 
     def lower_activate(self, var: relax.Var, call: relax.Call) -> None:
         spec = ActivateSpec(shape_of(var)[1], attributes(call)["kind"])
@@ -409,14 +457,16 @@ class _Lowering:
             "dynamic": [quads, relax.TensorType((first, 2, TILE), "float32")],
         }[form]
 
-    def heads_types(self, var: relax.Var, channels: int, integer: bool) -> list[relax.TensorType]:
+    def heads_types(self, var: relax.Var, rows: int, output: Output, integer: bool) -> list[relax.TensorType]:
         first = self.first(var)
+        channels = rows // len(HEADS[output])
         in_word, unsigned, signed = (4, "uint8", "int8") if integer else (2, "uint16", "uint16")
-        return [
-            relax.TensorType((first, channels // in_word, TILE, in_word), unsigned),
-            relax.TensorType((first, channels // in_word, TILE, in_word), signed),
-            relax.TensorType((first, channels, TILE), signed),
-        ]
+        types = {
+            "q": relax.TensorType((first, channels // in_word, TILE, in_word), unsigned),
+            "k": relax.TensorType((first, channels // in_word, TILE, in_word), signed),
+            "v": relax.TensorType((first, channels, TILE), signed),
+        }
+        return [types[part] for part in HEADS[output]]
 
     def requant(self, var: relax.Var) -> list[Array]:
         demand = self.demands[var]
@@ -479,6 +529,10 @@ def _stay_live(spec: StaySpec, isa: Isa) -> tirx.PrimFunc:
     return stay(spec, isa).with_attr(LIVE, ["group", "group", "tile"])
 
 
+def _divide_live(spec: DivideSpec, isa: Isa) -> tirx.PrimFunc:
+    return divide(spec, isa).with_attr(LIVE, ["group", "tile"])
+
+
 def _kernel_name(spec: DenseSpec) -> str:
     block = f"_{spec.block_rows}x{spec.block_columns}" if spec.weight in BLOCKS else ""
     return f"dense_{spec.weight}{block}_{spec.out_features}x{spec.in_features}_{spec.output}"
@@ -524,6 +578,11 @@ def _demands(graph: Graph) -> dict[relax.Var, Demand]:
                 want(residual, "tiles")
         elif is_call(call, dialect.SELF_ATTENTION) and ("q_scale" in attrs or attrs.get("bf16")):
             want(call.args[0], "heads")
+        elif is_call(call, dialect.MEMOIZED_ATTENTION):
+            want(call.args[0], "heads")
+            want(call.args[2], "values")
+        elif is_call(call, dialect.PART):
+            pass  # its readers are looked at first
         else:
             for argument in call.args:
                 if isinstance(argument, relax.Var):
@@ -536,7 +595,7 @@ def _demands(graph: Graph) -> dict[relax.Var, Demand]:
             if wanted.forms != {"quads"}:
                 raise ValueError(f"{binding.var.name} scales channels, so it can only be read as static integers")
             want(x, "quads", wanted.scale, wanted.zero, graph.constant(factors))
-        elif is_call(binding.value, dialect.MOVE):
+        elif is_call(binding.value, dialect.MOVE) or is_call(binding.value, dialect.PART):
             for form in wanted.forms:
                 want(binding.value.args[0], form, wanted.scale, wanted.zero, wanted.factors)
     return demands

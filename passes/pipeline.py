@@ -21,6 +21,7 @@ from .fuse_qkv import fuse_qkv
 from .fuse_residuals import fuse_residuals
 from .graph import Graph
 from .lower import Lowered, Tuned, lower, untuned
+from .memoize_attention import Records, memoize_attention, records_of
 from .pad_heads import pad_heads
 from .probe_layers import probe_layers
 from .prune_blocks import prune_blocks
@@ -51,6 +52,8 @@ class Options:
     dump_ir: Path | None = None
     freeze: tuple[Cache, ...] = ()
     """Where requests may leave early."""
+    memo: bool = False
+    """Let attention use records of earlier requests."""
     probe: bool = False
     """Let the module show its hidden states, for caches to be fitted to."""
     tuned: Tuned = untuned
@@ -65,6 +68,8 @@ class Compiled:
     choices: list[Choice]
     raised: tuple[str, ...] = ()
     """Layers that the budget of error gave more precision, and why."""
+    records: Records | None = None
+    """Of its attention, with ``Options.memo``."""
 
 
 def run_pipeline(
@@ -109,6 +114,13 @@ def run_pipeline(
             module = round_to_bf16(module)
             dump(module, "round_to_bf16")
 
+    records = None
+    if options.memo:
+        with progress.phase("3 memoize attention"):
+            records = records_of(module)
+            module = memoize_attention(module)
+            dump(module, "memoize_attention")
+
     modules = [module] * len(options.isas)
     if options.quantisation is not None:
         with progress.phase("4 choose kernels"):
@@ -130,7 +142,8 @@ def run_pipeline(
     raised = raised_layers(module)
     with progress.phase("5 lower to kernels"):
         for chosen, made, isa in zip(modules, choices, options.isas, strict=True):
-            compiled.append(Compiled(lower(chosen, isa, options.max_length, options.tuned), made, raised))
+            made_for = lower(chosen, isa, options.max_length, options.tuned)
+            compiled.append(Compiled(made_for, made, raised, records))
             dump(compiled[-1].lowered.module, f"lower_{isa.name}")
     return compiled
 

@@ -7,14 +7,23 @@ import os
 from whet.runtime.artifact import open_artifact
 from whet.runtime.audit import Auditor
 from whet.runtime.engine import Engine
+from whet.runtime.memo import Memo
+from whet.runtime.memo_file import MemoError
 from whet.runtime.metadata import ArtifactError
 from whet.runtime.session import Session
 
-__all__ = ["ArtifactError", "Session", "load"]
+__all__ = ["ArtifactError", "MemoError", "Session", "load"]
 
 
 def load(
-    path: str | os.PathLike[str], threads: int | None = None, *, isa: str | None = None, audit: float | None = None
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    *,
+    isa: str | None = None,
+    audit: float | None = None,
+    memo: str | os.PathLike[str] | None = None,
+    memo_level: str = "default",
+    memo_grow: bool = False,
 ) -> Session:
     """Load a compiled module.
 
@@ -26,10 +35,14 @@ def load(
         isa: name of one of the instruction sets that the module has code for; None for the fastest that this CPU runs.
         audit: share of requests that a background thread answers again with all layers, to tighten the caches of a
             module that has some when they err too often; it keeps what it saw in ``PATH.audit``. None: no audits.
+        memo: file that ``whet memo build`` made for this module: requests near enough to one of its records use that.
+        memo_level: how near is near enough: ``"strict"``, ``"default"`` or ``"loose"``.
+        memo_grow: let requests that find nothing add records while there is room; one process at a time may.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the module has no code for ``isa``, or no caches to audit.
+        ValueError: the module has no code for ``isa``, or no caches to audit; there is no such level.
+        MemoError: the memo file is damaged, or for another module.
         ArtifactError: it is truncated, corrupt, no Whet module, of another format version, or for another CPU.
 
     """
@@ -40,4 +53,6 @@ def load(
         twin = Engine(open_artifact(path), 1, session.metadata.isa)
         kept = artifact.path.with_name(artifact.path.name + ".audit")
         session.auditor = Auditor(session, twin, audit, kept, artifact.digest)
+    if memo is not None:
+        session.memo = Memo(memo, session.metadata, level=memo_level, grow=memo_grow)
     return session

@@ -18,8 +18,9 @@ from whet.runtime.audit import Auditor
 from whet.runtime.cpu import choose_variant
 from whet.runtime.ffi import tvm_ffi
 from whet.runtime.library import load_runtime
+from whet.runtime.memo import Memo
 from whet.runtime.metadata import ArtifactError, Metadata
-from whet.runtime.packing import TILE, aligned, pack, positions_within, split, starts, unpack
+from whet.runtime.packing import TILE, aligned, pack, pack_records, positions_within, split, starts, unpack
 from whet.runtime.threads import available_cpus, use_threads
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ class Engine:
         self.threads: int = threads or available_cpus()
         self._runtime = load_runtime(self.path.resolve().parent)
         self._library = _load_library(artifact)
-        packed = self.metadata.convention == "packed"
+        packed = self.metadata.convention != "padded"
         self._main: Any = self._library[self.metadata.entry] if packed else None
         self._weights = (
             tvm_ffi.from_dlpack(artifact.blob())
@@ -58,6 +59,8 @@ class Engine:
         caches. Writing to it changes this session alone, from its next call on."""
         self.auditor: Auditor | None = None
         """What watches the caches, if anything does."""
+        self.memo: Memo | None = None
+        """Records of earlier requests' attention, if there are any."""
         self._local = threading.local()
         self._helpers: dict[int, ThreadPoolExecutor] = {}
 
@@ -150,7 +153,7 @@ class Engine:
     def _run_requests(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], types: NDArray[Any] | None
     ) -> NDArray[np.float32]:
-        if self.metadata.convention == "packed":
+        if self.metadata.convention != "padded":
             return self._run_packed(ids, lengths, positions_within(lengths), types)
         # Batches of one: without padding no answer can depend on its neighbours.
         first = starts(lengths)
@@ -162,7 +165,7 @@ class Engine:
     def _run_packed(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any], types: NDArray[Any] | None
     ) -> NDArray[np.float32]:
-        """Run whole requests in calls of at most ``max_tokens`` tokens. Positions have been checked."""
+        """Run whole requests. Positions have been checked."""
         rows = self.traced(ids, lengths, positions, types)
         if self.auditor is not None:
             self.auditor.offer(ids, lengths, positions, types)
@@ -171,13 +174,73 @@ class Engine:
     def traced(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any], types: NDArray[Any] | None
     ) -> NDArray[np.float32]:
-        """Rows as :meth:`run_packed` gives them, and two more channels: after how many layers, and the trust.
+        """Rows as :meth:`run_packed` gives them; with caches two more channels: after how many layers, and the trust.
 
-        For modules with caches; not audited. Arguments as of ``run_packed``, which have been checked.
+        Not audited. Arguments as of ``run_packed``, which have been checked.
         """
         self._check_tokens(ids, types)
         if lengths.size and lengths.max() > self.metadata.max_length:
             raise ValueError(self._too_long(f"request {np.argmax(lengths)} has {lengths.max()} tokens"))
+        # Records are of requests whose positions count from 0.
+        if self.memo is not None and np.array_equal(positions, positions_within(lengths)):
+            records = self.memo.find(ids, types, lengths)
+            if records is not None:
+                return self._run_with_memo(self.memo, ids, lengths, positions, types, records)
+        return self.run_recorded(ids, lengths, positions, types)
+
+    def _run_with_memo(
+        self,
+        memo: Memo,
+        ids: NDArray[Any],
+        lengths: NDArray[np.int64],
+        positions: NDArray[Any],
+        types: NDArray[Any] | None,
+        records: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Run requests without records before those with, so that both have tiles of their own."""
+        first = starts(lengths)
+        spans = [slice(a, a + n) for a, n in zip(first.tolist(), lengths.tolist(), strict=True)]
+        per_token = self.metadata.output.per == "token"
+        out = np.empty((len(ids) if per_token else len(lengths), self.metadata.output.channels), np.float32)
+        order = np.argsort(records[:, 0] != 0, kind="stable").tolist()
+        if memo.grows:
+            alone = [i for i in order if not records[i, 0] and memo.wants(int(lengths[i]))]
+            for i in alone:
+                s = spans[i]
+                tokens = memo.tokens(ids, types, s)
+                with memo.adding(tokens) as room:
+                    out[s if per_token else slice(i, i + 1)] = self.run_recorded(
+                        ids[s],
+                        lengths[i : i + 1],
+                        positions[s],
+                        None if types is None else types[s],
+                        np.array([[0, room]]),
+                    )
+            order = [i for i in order if i not in set(alone)]
+        if order:
+            tokens = np.concatenate([np.arange(spans[i].start, spans[i].stop) for i in order])
+            out[tokens if per_token else order] = self.run_recorded(
+                ids[tokens],
+                lengths[order],
+                positions[tokens],
+                None if types is None else types[tokens],
+                records[order],
+            )
+        return out
+
+    def run_recorded(
+        self,
+        ids: NDArray[Any],
+        lengths: NDArray[np.int64],
+        positions: NDArray[Any],
+        types: NDArray[Any] | None,
+        records: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.float32]:
+        """Run checked requests in calls of at most ``max_tokens`` tokens; ``records`` are what the module takes.
+
+        They are ``(requests, 2)``, see whet.schedules.attention_memoized: requests without a record to use come first,
+        and one whose record is made is alone.
+        """
         per_token = self.metadata.output.per == "token"
         channels = self.metadata.output.channels + 2 * bool(self.metadata.exits)
         out = np.empty((len(ids) if per_token else len(lengths), channels), np.float32)
@@ -185,9 +248,13 @@ class Engine:
         for requests in split(lengths, self.metadata.max_tokens):
             tokens = slice(start, start + int(lengths[requests].sum()))
             rows = tokens if per_token else requests
-            args = pack(ids[tokens], positions[tokens], 0 if types is None else types[tokens], lengths[requests])
+            args: list[NDArray[Any]] = [
+                *pack(ids[tokens], positions[tokens], 0 if types is None else types[tokens], lengths[requests])
+            ]
             units = args[0] if per_token else args[3]
             tiles = aligned((len(units), channels, TILE), np.float32)
+            if self.metadata.records is not None:
+                args.append(pack_records(args[3], None if records is None else records[requests]))
             self._call(self._invoke_packed, [*args, tiles])
             out[rows] = unpack(tiles, rows.stop - rows.start)
             start = tokens.stop

@@ -36,6 +36,20 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Records:
+    """What a module's records of attention hold, see whet.schedules.attention_memoized."""
+
+    identity: str
+    """Of the weights and scales that the probabilities follow from; hexadecimal."""
+    layers: int
+    heads: int
+
+    def size(self, length: int) -> int:
+        """Bytes of the record of a request of so many tokens."""
+        return self.layers * self.heads * -(-length // 16) * -(-length // 4) * 64
+
+
+@dataclass(frozen=True)
 class Weight:
     """One row of the weights table: a contiguous array at ``offset`` bytes into the weights blob."""
 
@@ -55,7 +69,8 @@ class Metadata:
     task: str
     convention: str
     """``"packed"``: the function entry(ids, positions, token_types, segments, weights, workspace, out), where weights
-    is the blob and workspace is scratch memory, both uint8. ``"padded"``: a Relax VM executable with main(*inputs,
+    is the blob and workspace is scratch memory, both uint8. ``"recorded"``: the same with the addresses of records,
+    int64 ``(groups, 16, 2)``, after segments. ``"padded"``: a Relax VM executable with main(*inputs,
     weights), int64 ``(batch, sequence)`` inputs and a tuple of weights."""
     inputs: tuple[str, ...]
     vocab_size: int
@@ -87,11 +102,13 @@ class Metadata:
     report: tuple[Mapping[str, Any], ...] = ()
     """One entry per layer: what was chosen, and why."""
     notes: tuple[str, ...] = ()
+    records: Records | None = None
+    """With the convention ``"recorded"``."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if self.convention not in ("packed", "padded"):
-            raise ValueError(f"convention is {self.convention!r}; expected 'packed' or 'padded'")
+        if self.convention not in ("packed", "recorded", "padded"):
+            raise ValueError(f"convention is {self.convention!r}; expected 'packed', 'recorded' or 'padded'")
         for name in ("vocab_size", "max_length", "type_vocab_size", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -141,6 +158,8 @@ def _parse(document: dict[str, Any]) -> Metadata:
     known = {f.name: document[f.name] for f in fields(Metadata) if f.name in document}
     try:
         known["output"] = Output(**known["output"])
+        if known.get("records") is not None:
+            known["records"] = Records(**known["records"])
         known["weights"] = tuple(Weight(**{**w, "shape": tuple(w["shape"])}) for w in known.get("weights", ()))
         for name in ("inputs", "labels", "cpu_flags", "exits", "report", "notes"):
             known[name] = tuple(known.get(name, ()))

@@ -54,6 +54,17 @@ def pack(
     return [*tokens, segments]
 
 
+def pack_records(segments: NDArray[np.int32], records: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """Addresses ``(requests, 2)`` in the shape of their segments ``(groups, 16, 2)``; 0 where there are none."""
+    packed = aligned(segments.shape, np.int64)
+    flat = packed.reshape(-1, 2)
+    count = 0 if records is None else len(records)
+    if count:
+        flat[:count] = records
+    flat[count:] = 0
+    return packed
+
+
 def unpack(tiles: NDArray[np.float32], columns: int) -> NDArray[np.float32]:
     """Copy the first ``columns`` columns of ``(tiles, channels, 16)`` to the rows of ``(columns, channels)``."""
     return tiles.swapaxes(1, 2).reshape(-1, tiles.shape[1])[:columns].copy()

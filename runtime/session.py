@@ -227,6 +227,12 @@ class Session(Engine):
             raise ValueError(f"{self.path} was compiled without a tokenizer; give token ids to run()")
         return Tokenizer(self._tokenizer_json, self.metadata.max_length, self.threads)
 
+    def requests(self, texts: Iterable[Text]) -> list[NDArray[np.int32]]:
+        """Token ids and types of texts or pairs as the model gets them, int32 ``(2, tokens)`` each."""
+        typed = self.metadata.type_vocab_size > 1
+        encodings = self._tokenizer.encode(check_texts(texts, pairs=True))
+        return [np.array([e.ids, e.type_ids if typed else [0] * len(e)], np.int32) for e in encodings]
+
     def _rows(self, texts: list[Text]) -> NDArray[np.float32]:
         """One row of output per text or pair."""
         return np.concatenate([self._run_encodings(self._tokenizer.encode(chunk)) for chunk in self._chunks(texts)])

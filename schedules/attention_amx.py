@@ -15,7 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from whet.schedules import amx, attention_vector
-from whet.schedules.attention_arguments import Arguments, most_tiles
+from whet.schedules.attention_arguments import Arguments, Keep, most_tiles
 from whet.schedules.attention_softmax import SCORE_ZERO, ByteSoftmax, PairSoftmax, Softmax
 from whet.schedules.attention_vector import VectorKernel, arrange_values
 from whet.schedules.elementwise import QUAD
@@ -59,18 +59,25 @@ def attention_amx(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs) -> tirx.
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                kind = _ByteKernel if spec.precision == "i8" else _PairKernel
-                kernel = kind(spec, isa, knobs, arguments.viewed())
-                for_each_request(
-                    spec.heads,
-                    knobs.unit,
-                    arguments.segments,
-                    arguments.tiles,
-                    kernel.allocate,
-                    kernel.attend,
-                    shared=kernel.short.shared,
-                )
+                attend(spec, isa, knobs, arguments)
         return builder.get()
+
+
+def attend(
+    spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, arguments: Arguments, keep: Keep | None = None
+) -> None:
+    """Emit the attention of all requests of the arguments; ``keep`` is given the probabilities."""
+    kind = _ByteKernel if spec.precision == "i8" else _PairKernel
+    kernel = kind(spec, isa, knobs, arguments.viewed(), keep)
+    for_each_request(
+        spec.heads,
+        knobs.unit,
+        arguments.segments,
+        arguments.tiles,
+        kernel.allocate,
+        kernel.attend,
+        shared=kernel.short.shared,
+    )
 
 
 class _Kernel:
@@ -83,8 +90,8 @@ class _Kernel:
     short: VectorKernel
     """What computes short requests."""
 
-    def __init__(self, spec: AttentionSpec, isa: Isa, arguments: Arguments) -> None:
-        self.spec, self.isa, self.arguments = spec, isa, arguments
+    def __init__(self, spec: AttentionSpec, isa: Isa, arguments: Arguments, keep: Keep | None) -> None:
+        self.spec, self.isa, self.arguments, self.keep = spec, isa, arguments, keep
         self.size = spec.head_size
         self.words = int(arguments.q.shape[1]) // spec.heads
         self.every = T.ramp(0, 1, TILE)
@@ -168,7 +175,7 @@ class _Kernel:
                         self._add_values(step, i)
                 t = T.Bind(step * self.in_step + j)
                 with T.If(tirx.all(probabilities, t < request.tiles)), T.Then():
-                    self._probabilities(softmax, t, offset, total)
+                    self._probabilities(softmax, (queries, queries.tile + turn - 1), t, offset, total)
                 with T.If(tirx.all(scores, t < request.tiles)), T.Then():
                     self._multiply_keys(queries, t, queries.tile + turn)
                     amx.store(_SCORES, self._address(t * TILE), amx.ROW_BYTES)
@@ -199,15 +206,22 @@ class _Kernel:
             with T.serial(count) as i:
                 T.buffer_store(self.memory, splat(0, TILE, "int32"), [self.probabilities + begin + i, self.every])
 
-    def _probabilities(self, softmax: Softmax, tile: Any, offset: Any, total: Any) -> None:
-        """Compute those of a tile of keys and add them to the total."""
+    def _probabilities(
+        self, softmax: Softmax, of_queries: tuple[Queries, Any], tile: Any, offset: Any, total: Any
+    ) -> None:
+        """Compute those of a tile of keys for a tile of queries and add them to the total."""
         first = T.Bind(T.max(softmax.first, tile * QUAD))
-        with T.serial(T.min(softmax.first + softmax.quads, (tile + 1) * QUAD) - first) as i:
+        count = T.Bind(T.min(softmax.first + softmax.quads, (tile + 1) * QUAD) - first)
+        with T.serial(count) as i:
             quad = named("quad", T.Bind(first + i))
             for w, p in enumerate(softmax.quad(0, quad, offset[0])):
                 row = self.probabilities + quad * softmax.words + w
                 T.buffer_store(self.memory, p, [row, self.every])
                 T.buffer_store(total, softmax.added(total[0], p), [0])
+        if self.keep is not None:
+            queries, of_tile = of_queries
+            row = self.probabilities
+            self.keep(queries, (of_tile, 0), first, count, lambda quad: self.memory[row + quad, self.every])
 
     def _raise_maxima(self, softmax: Softmax, maxima: list[Any], tile: Any) -> None:
         for i in range(0, TILE, QUAD):
@@ -242,11 +256,13 @@ class _ByteKernel(_Kernel):
     in_step = 4
     product = "tdpbsud"
 
-    def __init__(self, spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, arguments: Arguments) -> None:
-        super().__init__(spec, isa, arguments)
+    def __init__(
+        self, spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, arguments: Arguments, keep: Keep | None
+    ) -> None:
+        super().__init__(spec, isa, arguments, keep)
         self.queries, self.start = self.area(_WORDS), self.area(1)
         most_short = (_SHORT - 1) * TILE + 1
-        self.short = attention_vector.ByteKernel(replace(spec, max_length=most_short), isa, knobs, arguments)
+        self.short = attention_vector.ByteKernel(replace(spec, max_length=most_short), isa, knobs, arguments, keep)
 
     def _is_short(self, queries: Queries) -> Any:
         return queries.request.tiles <= _SHORT
@@ -320,10 +336,12 @@ class _PairKernel(_Kernel):
     in_step = 2
     product = "tdpbf16ps"
 
-    def __init__(self, spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, arguments: Arguments) -> None:
-        super().__init__(spec, isa, arguments)
+    def __init__(
+        self, spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, arguments: Arguments, keep: Keep | None
+    ) -> None:
+        super().__init__(spec, isa, arguments, keep)
         self.parts = self.words // _WORDS
-        self.short = attention_vector.PairKernel(replace(spec, max_length=_SHORT * TILE), isa, knobs, arguments)
+        self.short = attention_vector.PairKernel(replace(spec, max_length=_SHORT * TILE), isa, knobs, arguments, keep)
 
     def _is_short(self, queries: Queries) -> Any:
         return queries.request.length <= _SHORT * TILE

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tvm.script.ir_builder import tirx as T
 
 from whet.schedules.elementwise import QUAD, quantize_rows, words
 from whet.schedules.gemm import named, parameter
 from whet.schedules.isa import TILE, Isa, round_bf16, splat, view
-from whet.schedules.segments import Request, Vector, store_from
+from whet.schedules.segments import Queries, Request, Vector, store_from
 
 if TYPE_CHECKING:
     from whet.schedules.attention import AttentionSpec
+
+
+Keep: TypeAlias = Callable[[Queries, Vector, Any, Any, Callable[[Any], Any]], None]
+"""Emits code that keeps probabilities: of these queries' vector, from a first quad of keys on so many; the last gives
+the word of a quad."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ floats are added from its first key on: neither do the bytes of the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from whet.schedules.attention_arguments import Arguments, most_tiles
+from whet.schedules.attention_arguments import Arguments, Keep, most_tiles
 from whet.schedules.attention_softmax import SCORE_ZERO, ByteSoftmax, PairSoftmax, Softmax
 from whet.schedules.elementwise import QUAD, lanes_of
 from whet.schedules.gemm import named
@@ -35,18 +36,25 @@ def attention_vector(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs) -> ti
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                kind = ByteKernel if spec.precision == "i8" else PairKernel
-                kernel = kind(spec, isa, knobs, arguments.viewed())
-                for_each_request(
-                    spec.heads,
-                    knobs.unit,
-                    arguments.segments,
-                    arguments.tiles,
-                    kernel.allocate,
-                    kernel.attend,
-                    shared=kernel.shared,
-                )
+                attend(spec, isa, knobs, arguments)
         return builder.get()
+
+
+def attend(
+    spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, arguments: Arguments, keep: Keep | None = None
+) -> None:
+    """Emit the attention of all requests of the arguments; ``keep`` is given the probabilities."""
+    kind = ByteKernel if spec.precision == "i8" else PairKernel
+    kernel = kind(spec, isa, knobs, arguments.viewed(), keep)
+    for_each_request(
+        spec.heads,
+        knobs.unit,
+        arguments.segments,
+        arguments.tiles,
+        kernel.allocate,
+        kernel.attend,
+        shared=kernel.shared,
+    )
 
 
 class VectorKernel:
@@ -59,8 +67,10 @@ class VectorKernel:
     shared: bool
     """Whether requests within one tile are attended together."""
 
-    def __init__(self, spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, arguments: Arguments) -> None:
-        self.spec, self.isa, self.knobs, self.arguments = spec, isa, knobs, arguments
+    def __init__(
+        self, spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs, arguments: Arguments, keep: Keep | None = None
+    ) -> None:
+        self.spec, self.isa, self.knobs, self.arguments, self.keep = spec, isa, knobs, arguments, keep
         self.words = spec.head_size // self.in_word
         self.every = T.ramp(0, 1, isa.lanes)
 
@@ -78,6 +88,9 @@ class VectorKernel:
                 self._scores(queries, vectors)
                 softmax = self._softmax(queries)
                 totals = self._probabilities(softmax, vectors)
+                if self.keep is not None:
+                    for j, vector in enumerate(vectors):
+                        self.keep(queries, vector, softmax.first, softmax.quads, partial(self._row, j))
                 self._context(queries, softmax, vectors, totals)
 
             for_each_vector(self.isa, self.knobs.queries, queries, together)
@@ -121,6 +134,10 @@ class VectorKernel:
                     bits = s[0] if self.dtype == "int32" else T.reinterpret(f"int32x{isa.lanes}", s[0])
                     T.buffer_store(self.scores, bits, [j, row + i, self.every])
 
+    def _row(self, vector: int, word: Any) -> Any:
+        """A word of a vector's probabilities."""
+        return self.scores[vector, word, self.every]
+
     def _probabilities(self, softmax: Softmax, vectors: list[Vector]) -> list[Any]:
         """Replace scores by words of probabilities; returns their sums per query.
 
@@ -154,25 +171,18 @@ class VectorKernel:
         ]
         begin = T.Bind(queries.head * self.words)
 
-        def block(channel: Any, count: int) -> None:
-            sums = [zeros(isa, self.dtype, len(vectors)) for _ in range(count)]
-            with T.serial(softmax.quads * softmax.words) as i:
-                word = T.Bind(softmax.first * softmax.words + i)
-                p = [T.Bind(self.scores[j, word, self.every]) for j in range(len(vectors))]
-                for n, of_channel in enumerate(sums):
-                    value = T.Bind(splat(self._value(queries, channel + n, word), isa.lanes))
-                    for s, of_query in zip(of_channel, p, strict=True):
-                        T.buffer_store(s, self._product(s[0], of_query, value), [0])
-            for j, store in enumerate(stores):
-                for n in range(0, count, self.in_word):
-                    store(begin + (channel + n) // self.in_word, [s[j][0] for s in sums[n : n + self.in_word]])
-
-        count = self.knobs.accumulators // self.knobs.queries
-        whole, rest = divmod(self.spec.head_size, count)
-        with T.serial(whole) as i:
-            block(i * count, count)
-        if rest:
-            block(whole * count, rest)
+        multiply_values(
+            isa,
+            self.knobs,
+            self.spec.head_size,
+            self.in_word,
+            T.Bind(softmax.quads * softmax.words),
+            lambda j, i: self._row(j, softmax.first * softmax.words + i),
+            lambda channel, i: self._value(queries, channel, softmax.first * softmax.words + i),
+            self._product,
+            self.dtype,
+            [partial(_store_at, store, begin) for store in stores],
+        )
 
 
 class ByteKernel(VectorKernel):
@@ -280,6 +290,48 @@ def arrange_values(
                     v[far, row, lanes],
                 )
                 T.buffer_store(halves, shifted & own, [first + block * head_size + channel, half, lanes])
+
+
+def multiply_values(
+    isa: Isa,
+    knobs: AttentionKnobs,
+    head_size: int,
+    in_word: int,
+    words: Any,
+    probability: Callable[[int, Any], Any],
+    value: Callable[[Any, Any], Any],
+    product: Callable[[Any, Any, Any], Any],
+    dtype: str,
+    stores: Sequence[Callable[[Any, list[Any]], None]],
+) -> None:
+    """Emit probabilities × values of one head, for as many vectors of queries as there are ``stores``.
+
+    ``probability(vector, i)`` and ``value(channel, i)`` are the i-th of ``words`` words; a vector's ``store`` gets
+    the sums of the channels of each word of results, by its number within the head.
+    """
+
+    def block(channel: Any, count: int) -> None:
+        sums = [zeros(isa, dtype, len(stores)) for _ in range(count)]
+        with T.serial(words) as i:
+            p = [T.Bind(probability(j, i)) for j in range(len(stores))]
+            for n, of_channel in enumerate(sums):
+                broadcast = T.Bind(splat(value(channel + n, i), isa.lanes))
+                for s, of_query in zip(of_channel, p, strict=True):
+                    T.buffer_store(s, product(s[0], of_query, broadcast), [0])
+        for j, store in enumerate(stores):
+            for n in range(0, count, in_word):
+                store((channel + n) // in_word, [s[j][0] for s in sums[n : n + in_word]])
+
+    count = knobs.accumulators // knobs.queries
+    whole, rest = divmod(head_size, count)
+    with T.serial(whole) as i:
+        block(i * count, count)
+    if rest:
+        block(whole * count, rest)
+
+
+def _store_at(store: Callable[[Any, list[Any]], None], begin: Any, word: Any, sums: list[Any]) -> None:
+    store(begin + word, sums)
 
 
 def zeros(isa: Isa, dtype: str, count: int) -> list[Any]:

@@ -11,7 +11,9 @@ QUAD = 4
 """Channels in a quad."""
 
 Weight: TypeAlias = Literal["f32", "bf16", "i8", "i8_sparse", "i8_expanded"]
-Output: TypeAlias = Literal["tiles", "pairs", "quads", "heads"]
+Output: TypeAlias = Literal["tiles", "pairs", "quads", "heads", "values"]
+HEADS: dict[Output, str] = {"heads": "qkv", "values": "v"}
+"""What of an attention's Q, K and V a layer computes, by its output."""
 
 _BLOCKS = ((1, 4), (2, 4), (4, 4), (8, 4), (16, 4), (4, 1))
 BLOCKS: dict[Weight, tuple[tuple[int, int], ...]] = {"i8_sparse": _BLOCKS, "i8_expanded": ((1, 1), *_BLOCKS)}
@@ -60,7 +62,7 @@ class DenseSpec:
     ``output`` is f32 tiles; or what the next layer multiplies, quads u8, requantised, from integers and pairs, rounded,
     from bf16; or "heads", where the layer is the fused Q, K and V of an attention (``out_features`` = 3 × hidden): Q as
     quads u8 with zero point 128, K as quads s8, V as value rows s8, each already scaled by ``scale`` and ``bias``; from
-    bf16 as pairs, pairs and value rows.
+    bf16 as pairs, pairs and value rows. "values" is a layer for V alone.
 
     Raises ValueError for sizes and combinations that no kernel computes.
     """
@@ -105,8 +107,8 @@ class DenseSpec:
             raise ValueError(f"a dense layer of {self.out_features} × {self.in_features}; both sizes must be positive")
         if self.per_token and not self.is_integer:
             raise ValueError(f"per_token needs an int8 weight; this one is {self.weight}")
-        if self.output == "heads" and self.weight == "f32":
-            raise ValueError("output 'heads' needs an int8 or bf16 weight; this one is f32")
+        if self.output in HEADS and self.weight == "f32":
+            raise ValueError(f"output {self.output!r} needs an int8 or bf16 weight; this one is f32")
         if (self.output == "pairs") != (self.weight == "bf16") and self.output in ("pairs", "quads"):
             raise ValueError(
                 f"output is {self.output!r}; bf16 weights give pairs, others quads; this one is {self.weight}"
@@ -116,7 +118,7 @@ class DenseSpec:
                 f"in_features is {self.in_features}; {self.weight} kernels need a multiple of {self.element.channels}: "
                 "pad or use f32"
             )
-        multiple = {"tiles": 1, "pairs": QUAD, "quads": QUAD, "heads": 3 * QUAD}[self.output]
+        multiple = 1 if self.output == "tiles" else QUAD * len(HEADS.get(self.output, "1"))
         if self.out_features % multiple:
             raise ValueError(
                 f"out_features is {self.out_features}; output {self.output!r} needs a multiple of {multiple}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from whet.schedules.dense_spec import QUAD, DenseSpec
+from whet.schedules.dense_spec import HEADS, QUAD, DenseSpec
 from whet.schedules.elementwise import declare_requant, quantize_channels
 from whet.schedules.gemm import Block, named, parameter
 from whet.schedules.isa import TILE, Isa, fma, round4, round_bf16, round_bf16_row, round_int, splat, view
@@ -103,7 +103,7 @@ class Epilogue:
         if self.layer.output == "tiles":
             for i, y in enumerate(values):
                 T.buffer_store(self.outputs[0], y, [where[0], row + i, where[1]])
-        elif self.layer.output == "heads":
+        elif self.layer.output in HEADS:
             self._store_head(row, where, values)
         else:
             self._store_words(self.outputs[0], row, where, self._packed(row, values))
@@ -120,24 +120,35 @@ class Epilogue:
             T.buffer_store(_words(out), word, [where[0], row // QUAD * len(words) + i, where[1]])
 
     def _store_head(self, row: Any, where: Any, values: list[Any]) -> None:
-        """Rows 0…H are Q, then K, then V; a quad of rows is all of one of them."""
+        """Rows 0…H are Q, then K, then V, or those of them that the layer has; a quad of rows is all of one of them."""
         lanes = self.isa.lanes
-        hidden = self.layer.out_features // 3
+        parts = HEADS[self.layer.output]
+        hidden = self.layer.out_features // len(parts)
         integer = self.layer.is_integer
-        q, k, v = self.outputs
 
-        with T.If(row < hidden):
-            with T.Then():
+        def store(part: str, out: Any, row: Any) -> None:
+            if part == "q":
                 shifted = [round4([y + splat(128.0, lanes) for y in values], lanes)] if integer else _pairs(values)
-                self._store_words(q, row, where, shifted)
-            with T.Else(), T.If(row < 2 * hidden):
+                self._store_words(out, row, where, shifted)
+            elif part == "k":
+                words = [round4(values, lanes, signed=True)] if integer else _pairs(values)
+                self._store_words(out, row, where, words)
+            else:
+                for i, y in enumerate(values):
+                    narrow = _signed_byte(y, lanes) if integer else round_bf16_row(y)
+                    T.buffer_store(out, narrow, [where[0], row + i, where[1]])
+
+        def store_from(i: int) -> None:
+            if i == len(parts) - 1:
+                store(parts[i], self.outputs[i], row - i * hidden)
+                return
+            with T.If(row < (i + 1) * hidden):
                 with T.Then():
-                    words = [round4(values, lanes, signed=True)] if integer else _pairs(values)
-                    self._store_words(k, row - hidden, where, words)
+                    store(parts[i], self.outputs[i], row - i * hidden)
                 with T.Else():
-                    for i, y in enumerate(values):
-                        narrow = _signed_byte(y, lanes) if integer else round_bf16_row(y)
-                        T.buffer_store(v, narrow, [where[0], row - 2 * hidden + i, where[1]])
+                    store_from(i + 1)
+
+        store_from(0)
 
 
 def _pairs(values: list[Any]) -> list[Any]:
@@ -154,14 +165,13 @@ def _declare_outputs(layer: DenseSpec, tiles: Any) -> tuple[Any, ...]:
     if layer.output == "tiles":
         return (parameter("out", (tiles, n, TILE), "float32"),)
     in_word, unsigned, signed = (QUAD, "uint8", "int8") if layer.weight != "bf16" else (2, "uint16", "uint16")
-    if layer.output != "heads":
+    if layer.output not in HEADS:
         return (parameter("out", (tiles, n // in_word, TILE, in_word), unsigned),)
-    hidden = n // 3
-    return (
-        parameter("q", (tiles, hidden // in_word, TILE, in_word), unsigned),
-        parameter("k", (tiles, hidden // in_word, TILE, in_word), signed),
-        parameter("v", (tiles, hidden, TILE), signed),
-    )
+    parts = HEADS[layer.output]
+    hidden = n // len(parts)
+    words = (tiles, hidden // in_word, TILE, in_word)
+    kinds = {"q": (words, unsigned), "k": (words, signed), "v": ((tiles, hidden, TILE), signed)}
+    return tuple(parameter(part, *kinds[part]) for part in parts)
 
 
 def _words(quads: Any) -> Any:

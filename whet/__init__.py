@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from whet.runtime import Session, load
+from whet.runtime import MemoError, Session, load
 
 if TYPE_CHECKING:
     from whet.compiler import Report, compile
     from whet.passes.quantise import QuantisationConfig
 
-__all__ = ["QuantisationConfig", "Report", "Session", "compile", "load"]
+__all__ = ["MemoError", "QuantisationConfig", "Report", "Session", "compile", "load"]
 
 _COMPILER = {"compile": "whet.compiler", "Report": "whet.compiler", "QuantisationConfig": "whet.passes.quantise"}
 

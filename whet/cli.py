@@ -55,6 +55,15 @@ _FOR_ENCODERS = (
     "dump_ir",
 )
 """Options that do nothing for a model that is not recognised as an encoder."""
+_TWO_WORDS = (
+    "tune report",
+    "tune merge",
+    "tune worker",
+    "freeze fit",
+    "freeze inspect",
+    "memo build",
+    "memo inspect",
+)
 _MATRIX = 10
 """Texts whose similarities fit a terminal."""
 
@@ -85,7 +94,7 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = list(sys.argv[1:] if args is None else args)
-        if " ".join(args[:2]) in ("tune report", "tune merge", "tune worker", "freeze fit", "freeze inspect"):
+        if " ".join(args[:2]) in _TWO_WORDS:
             args[:2] = [" ".join(args[:2])]
         return super().parse_known_args(args, namespace)
 
@@ -134,7 +143,7 @@ def _message(error: Exception) -> str:
 def _compile(args: argparse.Namespace) -> None:
     import whet  # noqa: PLC0415 -- here and below: a command imports what it needs
 
-    options = _given(args, *_SOURCE, "precision", "isa", "max_length", "dump_ir", "records", "freeze")
+    options = _given(args, *_SOURCE, "precision", "isa", "max_length", "dump_ir", "records", "freeze", "memo")
     if settings := _given(args, "calibration_method", "activations", "max_error"):
         given = {name.removeprefix("calibration_"): value for name, value in settings.items()}
         options["quantisation"] = whet.QuantisationConfig(**given)
@@ -164,7 +173,7 @@ def _run(args: argparse.Namespace) -> None:
     from whet.answers import answer_question, answer_texts  # noqa: PLC0415
     from whet.runtime import load  # noqa: PLC0415
 
-    session = load(args.module, args.threads)
+    session = load(args.module, args.threads, **_given(args, "memo", "memo_level"))
     if args.question is not None:
         records = answer_question(session, args.question, _context(args), args.top_k)
     else:
@@ -249,6 +258,11 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if args.memo is not None:
+        _bench_memo(args)
+        return
+    if args.texts is not None:
+        raise ValueError("--texts are the requests for --memo; name a memo file too, or leave them out")
     report: Any
     if args.plain is None:
         from whet.bench import bench  # noqa: PLC0415
@@ -274,13 +288,30 @@ def _bench(args: argparse.Namespace) -> None:
     _print(report, args.json)
 
 
+def _bench_memo(args: argparse.Namespace) -> None:
+    from whet.memoizing import measure  # noqa: PLC0415
+
+    if args.texts is None:
+        raise ValueError("--memo needs requests like those that will come: name them by --texts, one per line")
+    texts = list(read_texts(args.texts, pairs=True))
+    report = measure(args.module, args.memo, texts, progress=TerminalProgress(), **_level(args))
+    if args.output:
+        Path(args.output).write_text(report.to_json() + "\n", encoding="utf-8")
+    _print(report, args.json)
+
+
+def _level(args: argparse.Namespace) -> dict[str, Any]:
+    return {} if args.memo_level is None else {"level": args.memo_level}
+
+
 def _eval(args: argparse.Namespace) -> None:
     from whet.evaluate import evaluate  # noqa: PLC0415
     from whet.runtime import load  # noqa: PLC0415
 
     data = read_dataset(args.data, args.format, args.limit)
     other = None if args.against_fp32 is None else load(args.against_fp32, args.threads)
-    _print(evaluate(load(args.module, args.threads), data, TerminalProgress(), other), args.json)
+    session = load(args.module, args.threads, **_given(args, "memo", "memo_level"))
+    _print(evaluate(session, data, TerminalProgress(), other), args.json)
 
 
 def _tune(args: argparse.Namespace) -> None:
@@ -315,6 +346,22 @@ def _freeze_inspect(args: argparse.Namespace) -> None:
     from whet.freezing import inspect  # noqa: PLC0415
 
     _print(inspect(args.file), args.json)
+
+
+def _memo_build(args: argparse.Namespace) -> None:
+    from whet.memoizing import build  # noqa: PLC0415
+
+    options = _given(args, "memory", "max_loss")
+    if args.held_out is not None:
+        options["held_out"] = list(read_texts(args.held_out, pairs=True))
+    corpus = list(read_texts(args.corpus, pairs=True))
+    _print(build(args.module, args.output, corpus, progress=TerminalProgress(), **options), args.json)
+
+
+def _memo_inspect(args: argparse.Namespace) -> None:
+    from whet.memoizing import inspect  # noqa: PLC0415
+
+    _print(inspect(args.file, verify=args.verify), args.json)
 
 
 def _tune_report(args: argparse.Namespace) -> None:
@@ -399,6 +446,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_freeze_fit(command("freeze fit", _freeze_fit, "fit caches at which a classifier's requests may leave early"))
     sub = command("freeze inspect", _freeze_inspect, "show who leaves where, and how right they are")
     sub.add_argument("file", metavar="FILE.freeze", help="file that whet freeze fit wrote")
+    _add_memo_build(command("memo build", _memo_build, "keep the attention of a corpus, for requests that resemble it"))
+    sub = command("memo inspect", _memo_inspect, "show what a memo file holds and what it gains")
+    sub.add_argument("file", metavar="FILE.memo", help="file that whet memo build wrote")
+    sub.add_argument("--verify", action="store_true", help="compare all records with their checksums, too")
     sub = command("tune report", _tune_report, "show what tuning gained, kernel by kernel")
     sub.add_argument("records", metavar="DIR", help="folder that whet tune wrote")
     sub.add_argument("--picture", metavar="FILE.svg", help="draw it as well")
@@ -440,6 +491,12 @@ def _add_compile(sub: argparse.ArgumentParser) -> None:
         "--freeze",
         metavar="FILE.freeze",
         help="file that whet freeze fit wrote for this model: requests that its caches recognise leave early",
+    )
+    sub.add_argument(
+        "--memo",
+        action="store_const",
+        const=True,
+        help="let the module use attention of earlier requests, from a file of whet memo build (int8 only)",
     )
     quantisation = sub.add_argument_group("int8")
     quantisation.add_argument(
@@ -497,6 +554,31 @@ def _add_freeze_fit(sub: argparse.ArgumentParser) -> None:
     )
     for name in ("--calibration", "--tokenizer", "--task"):
         sub.add_argument(name, metavar=name[2:].upper(), help="as for compile")
+
+
+def _add_memo_build(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("module", metavar="FILE.so", help="module of whet compile --memo")
+    sub.add_argument("-o", "--output", metavar="FILE.memo", required=True, help="the file to write")
+    sub.add_argument("--corpus", metavar="FILE", required=True, help="requests, one per line; a tab makes a pair")
+    sub.add_argument("--held-out", metavar="FILE", help="requests to choose distances on; default: a fifth of --corpus")
+    sub.add_argument("--memory", metavar="SIZE", type=_size, help="of the file, such as 500MiB or 4GiB; default 1GiB")
+    sub.add_argument(
+        "--max-loss",
+        metavar="POINTS",
+        type=float,
+        help="most requests in a hundred that may be classified otherwise, or for other models 100 (1 - cosine); "
+        "default 0.5. A fifth of it at the strict level, four times as much at the loose one",
+    )
+
+
+def _add_memo(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--memo", metavar="FILE.memo", help="file that whet memo build wrote for this module")
+    sub.add_argument(
+        "--memo-level",
+        metavar="LEVEL",
+        choices=_Names("whet.runtime.memo", "LEVELS"),
+        help="how near a request must be to use another's attention: %(choices)s; default default",
+    )
 
 
 def _add_tune(sub: argparse.ArgumentParser) -> None:
@@ -638,6 +720,7 @@ def _add_run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--question", metavar="TEXT", help="find its answer in the context")
     sub.add_argument("--context", metavar="TEXT", help="where the answer stands; else --file or standard input")
     sub.add_argument("--top-k", metavar="K", type=_positive, help="so many labels or answers, best first")
+    _add_memo(sub)
     _add_threads(sub)
 
 
@@ -685,6 +768,8 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
         choices=["csv", "sst2"],
         help="CSV with text,label or text_a,text_b,label, or SST-2 as published; default: a text per line",
     )
+    _add_memo(sub)
+    sub.add_argument("--texts", metavar="FILE", help="with --memo: requests to run one by one, with it and without")
     sub.add_argument("-o", "--output", metavar="FILE", help="write the report as JSON, too")
 
 
@@ -701,6 +786,7 @@ def _add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--against-fp32", metavar="OTHER.so", help="another build of the model, to show how far the answers agree"
     )
+    _add_memo(sub)
     _add_threads(sub)
 
 
@@ -712,6 +798,19 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
+
+
+def _size(text: str) -> int:
+    """Bytes of 500MiB, 4GiB, or a plain number."""
+    units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+    number, unit = (text[:-3], units[text[-3:]]) if text[-3:] in units else (text, 1)
+    try:
+        size = int(float(number) * unit)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected bytes, or a number with {', '.join(units)}")
+    return size
 
 
 def _numbers(text: str) -> list[int]:

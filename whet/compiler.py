@@ -31,7 +31,7 @@ from whet.passes.pipeline import Compiled, Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
 from whet.passes.round_to_bf16 import SPARSE, share_of_zeros
 from whet.progress import Progress, Silent
-from whet.runtime.metadata import Metadata, Output, Weight
+from whet.runtime.metadata import Metadata, Output, Records, Weight
 from whet.schedules.isa import BF16_ISAS, ISAS, Isa
 from whet.tune.records import TunedKnobs
 
@@ -44,6 +44,8 @@ Requests: TypeAlias = list[np.ndarray[Any, Any]]
 
 MAX_TOKENS = 1024
 """Tokens a call takes at once; larger batches are cut. Activations of so many tokens still fit the caches."""
+
+_WITH_MEMO = "Attention of earlier requests can be used, from a file of whet memo build."
 
 CALIBRATION_TOKENS = 128
 """Calibration texts are cut here: longer ones cost time and show nothing new."""
@@ -100,6 +102,7 @@ def compile(
     dump_ir: str | PathLike[str] | None = None,
     records: str | PathLike[str] | None = None,
     freeze: str | PathLike[str] | None = None,
+    memo: bool = False,
     probe: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -125,6 +128,7 @@ def compile(
         records: folder that ``whet tune`` wrote, or one file of it, which is for one type of CPU: kernels take the
             settings that it found best. Those that it does not know take settings that ship with Whet for this CPU.
         freeze: file that ``whet freeze fit`` wrote for this model: requests that its caches recognise leave early.
+        memo: let the module use the attention of earlier requests, a database of ``whet memo build`` (int8 only).
         probe: let the module return what its layers know of each request instead, which caches are fitted to.
         progress: told of every phase.
 
@@ -137,6 +141,8 @@ def compile(
 
     """
     _check_options(precision, quantisation, sparsity, tokens)
+    if memo:
+        _check_can_memoize(precision, freeze)
     targets = _isas(isa, precision)
     output = Path(output)
     if not output.resolve().parent.is_dir():
@@ -148,11 +154,11 @@ def compile(
     with clock.phase("import"):
         model = import_model(source, task=task, pooling=pooling, tokenizer=tokenizer)
         limit = length_limit(model, max_length)
-    notes = model.notes
+    notes = model.notes + (_WITH_MEMO,) * (memo and model.dialect)
     if model.dialect and precision == "bf16" and (zeros := max(sparsity, share_of_zeros(model.module))) > SPARSE:
         notes += (f"{zeros:.0%} of the weights are 0, which bf16 multiplies too: precision 'int8' makes use of them.",)
     if not model.dialect:
-        notes += _without_effect(precision, calibration, quantisation, sparsity, dump_ir, records)
+        notes += _without_effect(memo, precision, calibration, quantisation, sparsity, dump_ir, records)
         precision = "fp32"
         if len(targets) > 1:
             targets = [ISAS["avx2"]]
@@ -176,6 +182,7 @@ def compile(
             dump_ir=Path(dump_ir) if dump_ir is not None else None,
             tuned=tuned,
             freeze=frozen.caches if frozen else (),
+            memo=memo,
             probe=probe,
         )
         compiled = run_pipeline(model.module, options, requests, token_types, clock)
@@ -191,7 +198,7 @@ def compile(
         with clock.phase("lift constants"):
             module, constants = lift_constants(model.module)
             table = [weights.add(*constant) for constant in constants]
-            built, layers = [(module, describe(module, targets[0], table))], [()]
+            built, layers = [(module, describe(module, targets[0], table, convention="padded"))], [()]
 
     with clock.phase("7 generate code"):
         executables = [generate_code(module, target) for (module, _), target in zip(built, targets, strict=True)]
@@ -223,6 +230,13 @@ def _check_options(precision: Precision, quantisation: QuantisationConfig | None
         raise ValueError(f"sparsity is {sparsity}; expected a share of at least 0 and below 1")
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}; expected those of a typical call, at least 1")
+
+
+def _check_can_memoize(precision: Precision, freeze: object) -> None:
+    if precision != "int8":
+        raise ValueError(f"memo is for precision 'int8'; precision is {precision!r}: leave one of them out")
+    if freeze is not None:
+        raise ValueError(f"memo and freeze={freeze!r} can't go together yet; leave one of them out")
 
 
 def import_model(
@@ -284,6 +298,7 @@ def _isas(names: str | Sequence[str], precision: Precision) -> list[Isa]:
 
 
 def _without_effect(
+    memo: bool,
     precision: Precision,
     calibration: object,
     quantisation: object,
@@ -299,6 +314,7 @@ def _without_effect(
         f"sparsity={sparsity}": sparsity > 0,
         "dump_ir": dump_ir is not None,
         "records": records is not None,
+        "memo": memo,
     }
     names = [name for name, is_given in given.items() if is_given]
     return (f"Without effect, because the model runs as plain fp32 operators: {', '.join(names)}.",) if names else ()
@@ -375,6 +391,8 @@ def _assemble(
         workspace_per_tile=assembled.workspace.per_tile,
         workspace_per_group=assembled.workspace.per_group,
         report=report,
+        convention="recorded" if compiled.records else "packed",
+        records=Records(**asdict(compiled.records)) if compiled.records else None,
     )
     return assembled.module, metadata
 
@@ -401,7 +419,6 @@ def _metadata(
         tvm_ffi=version("apache-tvm-ffi"),
         name=model.name,
         task=model.task,
-        convention="packed" if model.dialect else "padded",
         inputs=model.inputs,
         vocab_size=model.vocab_size,
         max_length=limit,

@@ -77,7 +77,7 @@ def write_module(
 
     Args:
         variants: per instruction set, the fastest first: a built TVM executable with the function that the metadata
-            describe, whose weights are in ``weights``. Only the convention ``"packed"`` allows several.
+            describe, whose weights are in ``weights``. The convention ``"padded"`` allows one only.
         weights: what becomes the section of the weights.
         tokenizer_json: contents of ``tokenizer.json``; None for a module that takes token ids only.
         output: replaced atomically; on any error or interrupt an older file of this name stays as it was.

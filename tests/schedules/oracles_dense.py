@@ -50,6 +50,8 @@ def empty_outputs(spec, tiles):
         return [np.zeros((tiles, n // 2, TILE, 2), np.uint16)]
     if spec.output == "quads":
         return [np.zeros((tiles, n // 4, TILE, 4), np.uint8)]
+    if spec.output == "values":
+        return [np.zeros((tiles, n, TILE), np.int8)]
     h = n // 3
     if spec.weight == "bf16":
         pairs = (tiles, h // 2, TILE, 2)

@@ -5,6 +5,7 @@ import pytest
 from oracles_dense import EVERY_ISA, RUNNABLE, activate, clamped, product, random_blocks, run, to_quads
 
 from whet.schedules.dense import DenseSpec
+from whet.schedules.dense_spec import HEADS
 
 N, K, TILES = 36, 32, 3
 SPECS = [
@@ -18,6 +19,7 @@ SPECS = [
     DenseSpec(N, K, "i8_sparse", 8, output="heads", per_token=True),
     DenseSpec(N, K, "i8_sparse", 4, 1, output="heads", per_token=True),
     DenseSpec(N, K, "i8_sparse", 16, residual=True, output="heads"),
+    DenseSpec(N, K, "i8_sparse", 4, output="values", per_token=True),
 ]
 
 
@@ -25,7 +27,7 @@ def case(spec):
     """Weight, activations as rows, and the remaining arguments by name, in the order that kernels take them."""
     rng = np.random.default_rng(5)
     n, k = spec.out_features, spec.in_features
-    heads = spec.output == "heads"
+    heads = spec.output in HEADS
     weight = random_blocks(rng, n, k, spec.block_rows, 0.7)
     rest = {
         "scale": rng.uniform(0.5, 1, n).astype(np.float32) * np.float32(1e-3 if heads else 4e-5),
@@ -59,12 +61,13 @@ def expected(spec, y, rest):
         return [y]
     if spec.output == "quads":
         return [to_quads(clamped(y * rest["requant"][:-1, None] + rest["requant"][-1], 0, 255, np.uint8))]
-    q, k, v = np.split(y, 3, axis=1)
-    return [
-        to_quads(clamped(q + 128, 0, 255, np.uint8)),
-        to_quads(clamped(k, -128, 127, np.int8)),
-        clamped(v, -128, 127, np.int8),
-    ]
+    convert = {
+        "q": lambda q: to_quads(clamped(q + 128, 0, 255, np.uint8)),
+        "k": lambda k: to_quads(clamped(k, -128, 127, np.int8)),
+        "v": lambda v: clamped(v, -128, 127, np.int8),
+    }
+    parts = HEADS[spec.output]
+    return [convert[part](x) for part, x in zip(parts, np.split(y, len(parts), axis=1), strict=True)]
 
 
 @pytest.mark.parametrize("isa", EVERY_ISA)
@@ -73,7 +76,7 @@ def test_epilogue(spec, isa):
     weight, rows, rest = case(spec)
     got = run(spec, isa, weight, to_quads(rows), rest.values())
     for have, want in zip(
-        got if spec.output == "heads" else [got], expected(spec, values(spec, weight, rows, rest), rest), strict=True
+        got if isinstance(got, list) else [got], expected(spec, values(spec, weight, rows, rest), rest), strict=True
     ):
         if spec.output == "tiles":
             np.testing.assert_allclose(have, want, rtol=3e-6, atol=3e-6)

@@ -1,0 +1,178 @@
+"""Finds the record that a request can use: of an earlier one with the same tokens, or of the nearest in a memo file.
+
+One look-up serves all layers, before the first of them. The distance of two requests of the same number of tokens is
+that of their word embeddings, projected, place by place: the root of the mean over places of the squared distance. A
+key of a fixed size, a sum of the projections with signs that belong to the places, has nearly the same distances and
+finds the nearest; whether it is near enough its tokens say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whet.runtime.memo_file import MemoError, MemoFile, hash_of
+from whet.runtime.metadata import Metadata
+from whet.runtime.packing import starts
+
+LEVELS = ("strict", "default", "loose")
+"""Names of how near is near enough, each with a distance of its own in the file."""
+
+
+class Keys:
+    """Keys and distances of requests, by the vectors of tokens."""
+
+    def __init__(self, vectors: NDArray[np.float32], max_length: int) -> None:
+        self._vectors = vectors
+        dimensions = vectors.shape[1]
+        bits = np.frombuffer(hashlib.shake_256(b"whet").digest(max_length * dimensions // 8), np.uint8)
+        self._signs = np.unpackbits(bits).reshape(max_length, dimensions).astype(np.float32) * 2 - 1
+
+    def key(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Of token ids ``(length,)``; float32 ``(dimensions,)``."""
+        rows = self._vectors[ids]
+        key: NDArray[np.float32] = np.einsum("td,td->d", rows, self._signs[: len(ids)]) / np.float32(np.sqrt(len(ids)))
+        return key
+
+    def distance(self, a: NDArray[np.int32], b: NDArray[np.int32]) -> float:
+        """Of two requests' token ids ``(length,)``."""
+        other = np.flatnonzero(a != b)
+        difference = (self._vectors[a[other]] - self._vectors[b[other]]).reshape(-1)
+        return float(np.sqrt(difference @ difference / len(a)))
+
+
+class Memo:
+    """Records of a memo file, for the module that made them."""
+
+    def __init__(
+        self, path: str | PathLike[str], metadata: Metadata, *, level: str = "default", grow: bool = False
+    ) -> None:
+        """Open a file for a module.
+
+        Args:
+            path: file that ``whet memo build`` wrote.
+            metadata: the module's.
+            level: how near is near enough: ``"strict"``, ``"default"`` or ``"loose"``.
+            grow: let requests that find nothing add records. One process at a time may.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            MemoError: it is damaged, or for another module.
+            ValueError: no such level.
+
+        """
+        if level not in LEVELS:
+            raise ValueError(f"memo_level is {level!r}; expected one of {', '.join(LEVELS)}")
+        if metadata.records is None:
+            raise MemoError(f"{metadata.name} was compiled without the use of records; compile it with --memo")
+        self.file = MemoFile(path, writable=grow)
+        self.grows = grow
+        self.hits = self.misses = 0
+        description = self.file.description
+        if description.records != metadata.records:
+            raise MemoError(
+                f"{path} was built for another model, or another build of it ({description.name}); build one for this "
+                "module: whet memo build"
+            )
+        self.keys = Keys(self.file.vectors, metadata.max_length)
+        self._nearest = description.levels[level]
+        self._pays = np.zeros(metadata.max_length + 1, np.bool_)
+        for first, last in description.pays[level]:
+            self._pays[first : last + 1] = True
+        self._lock = threading.RLock()
+        self._known = 0
+        self._by_hash: dict[int, int] = {}
+        self._by_length: dict[int, list[int]] = {}
+        self._of_length: dict[int, tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]] = {}
+        self._take_in_new()
+
+    def find(
+        self, ids: NDArray[Any], types: NDArray[Any] | None, lengths: NDArray[np.int64]
+    ) -> NDArray[np.int64] | None:
+        """Addresses of the records that requests can use, 0 where there is none, ``(requests, 2)``; None if none can.
+
+        The second column, of records to make, is 0.
+        """
+        wanted = self._pays[lengths]
+        if not wanted.any():
+            return None
+        if self.file.count != self._known:
+            self._take_in_new()
+        first = starts(lengths)
+        found = np.zeros((len(lengths), 2), np.int64)
+        for i in np.flatnonzero(wanted):
+            index = self.nearest(self.tokens(ids, types, slice(first[i], first[i] + lengths[i])), self._nearest)[0]
+            if index is not None:
+                found[i, 0] = self.file.address(index)
+        hits = int(np.count_nonzero(found[:, 0]))
+        self.hits += hits
+        self.misses += int(wanted.sum()) - hits
+        return found if hits or self.grows else None
+
+    def wants(self, length: int) -> bool:
+        """Whether a record of so many tokens is of use and fits."""
+        return bool(self._pays[length]) and self.file.room(length) is not None
+
+    @contextmanager
+    def adding(self, tokens: NDArray[np.int32]) -> Iterator[int]:
+        """Give the address where a record is to be written, 0 if it does not fit any more, and then add it."""
+        with self._lock:
+            room = self.file.room(tokens.shape[1])
+            yield room or 0
+            if room is not None:
+                self.file.add(tokens, self.keys.key(tokens[0]))
+                self._take_in_new()
+
+    @staticmethod
+    def tokens(ids: NDArray[Any], types: NDArray[Any] | None, span: slice) -> NDArray[np.int32]:
+        """Token ids and types of one request, ``(2, length)``."""
+        tokens = np.zeros((2, span.stop - span.start), np.int32)
+        tokens[0] = ids[span]
+        if types is not None:
+            tokens[1] = types[span]
+        return tokens
+
+    def nearest(self, tokens: NDArray[np.int32], within: float) -> tuple[int | None, float]:
+        """Record of the same tokens, or of the nearest ones; None where that is farther than ``within``."""
+        same = self._by_hash.get(hash_of(tokens))
+        if same is not None and np.array_equal(self.file.tokens(same), tokens):
+            return same, 0.0
+        length = tokens.shape[1]
+        if within <= 0 or length not in self._by_length:
+            return None, np.inf
+        indices, keys, norms = self._of_length.get(length) or self._gather(length)
+        index = int(indices[(norms - 2 * (keys @ self.keys.key(tokens[0]))).argmin()])
+        other = self.file.tokens(index)
+        if not np.array_equal(other[1], tokens[1]):
+            return None, np.inf
+        distance = self.keys.distance(tokens[0], other[0])
+        return (index if distance <= within else None), distance
+
+    def _take_in_new(self) -> None:
+        """Learn of records that were added."""
+        with self._lock:
+            count = self.file.count
+            entries = self.file.entries[self._known : count]
+            new = list(zip(entries["hash"].tolist(), entries["length"].tolist(), strict=True))
+            for i, (hashed, length) in enumerate(new, self._known):
+                self._by_hash[hashed] = i
+                self._by_length.setdefault(length, []).append(i)
+                self._of_length.pop(length, None)
+            self._known = count
+
+    def _gather(self, length: int) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """Collect the records of a length: their numbers, keys and squared norms of these."""
+        indices = np.array(self._by_length[length], np.int64)
+        first, last = int(indices[0]), int(indices[-1])
+        # Where they stand together, as building puts them, the keys are pages of the file.
+        together = last - first + 1 == len(indices)
+        keys = self.file.keys[first : last + 1] if together else self.file.keys[indices]
+        self._of_length[length] = indices, keys, np.einsum("nd,nd->n", keys, keys)
+        return self._of_length[length]

@@ -1,0 +1,163 @@
+"""From texts to a memo file to requests that use it: the bits of the answers, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import whet
+from whet import MemoError, cli
+from whet.memoizing import build, inspect, measure
+from whet.runtime.memo import LEVELS
+from whet.runtime.memo_file import MemoFile, describe
+
+
+@pytest.fixture(scope="module")
+def texts(references):
+    vocabulary = Tokenizer.from_file(str(references / "bert-sequence" / "tokenizer.json")).get_vocab()
+    words = sorted(w for w in vocabulary if w.isalpha())
+    rng = np.random.default_rng(0)
+    return list(dict.fromkeys(" ".join(rng.choice(words, n)) for n in rng.integers(2, 20, 400)))[:300]
+
+
+@pytest.fixture(scope="module")
+def module(references, tmp_path_factory):
+    path = tmp_path_factory.mktemp("memo") / "a.so"
+    whet.compile(references / "bert-sequence", path, isa="avx2", memo=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(module, texts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("memo") / "a.memo"
+    return path, build(module, path, texts[:180], texts[180:], memory=32 << 20)
+
+
+@pytest.fixture
+def memo(built, tmp_path):
+    """A file whose levels look up at all lengths, whatever this machine's times were: strict finds the same only."""
+    path = tmp_path / "a.memo"
+    path.write_bytes(built[0].read_bytes())
+    description = MemoFile(path).description
+    everywhere = {level: [[1, 1000]] for level in LEVELS}
+    describe(path, replace(description, levels={"strict": 0.0, "default": 0.0, "loose": 1e9}, pays=everywhere))
+    return path
+
+
+def test_report(built, texts):
+    path, report = built
+    assert inspect(path, verify=True) == report
+    assert report.count == len(set(texts[:180]))
+    assert report.held_out == 120
+    assert list(report.levels) == list(LEVELS)
+    assert report.levels["strict"] <= report.levels["default"] <= report.levels["loose"]
+    assert report.loss["default"] <= 0.5
+    assert sum(b.requests for b in report.buckets) <= 120
+    assert "records" in str(report)
+
+
+def test_repeats_keep_the_bits_of_their_answers_alone_and_among_others(module, memo, texts):
+    plain, session = whet.load(module, threads=1), whet.load(module, threads=1, memo=memo, memo_level="strict")
+    wanted = plain.logits(texts)
+    np.testing.assert_array_equal(session.logits(texts), wanted)
+    assert session.memo.hits == 180 and session.memo.misses == 120
+    for i in (0, 5, 200):
+        np.testing.assert_array_equal(session.logits([texts[i]])[0], wanted[i])
+    np.testing.assert_array_equal(session.logits(texts[:180]), wanted[:180])
+    mixed = [text for pair in zip(texts[:100], texts[180:280], strict=True) for text in pair]
+    np.testing.assert_array_equal(session.logits(mixed), plain.logits(mixed))
+
+
+def test_near_requests_use_others_attention_and_misses_keep_their_bits(module, memo, texts):
+    plain, session = whet.load(module, threads=1), whet.load(module, threads=1, memo=memo, memo_level="loose")
+    wanted, got = plain.logits(texts), session.logits(texts)
+    same = (wanted == got).all(axis=1)
+    assert same[:180].all()
+    assert 60 < session.memo.hits - 180 < 121
+    assert (~same).sum() > 0.7 * (session.memo.hits - 180)
+    lengths = {r.shape[1] for r in plain.requests(texts[:180])}
+    assert max(lengths) < 60
+    longer = " ".join(["a"] * 70)
+    np.testing.assert_array_equal(session.logits([longer]), plain.logits([longer]))
+
+
+def test_token_types_and_positions_are_part_of_a_request(module, memo, texts):
+    plain, session = whet.load(module, threads=1), whet.load(module, threads=1, memo=memo, memo_level="loose")
+    (tokens,) = plain.requests([texts[0]])
+    ids, length = tokens[0], [tokens.shape[1]]
+    before = session.memo.hits
+    types = np.ones_like(ids)
+    moved = np.arange(len(ids)) + 3
+    for options in ({"token_types": types}, {"positions": moved}):
+        np.testing.assert_array_equal(
+            session.run_packed(ids, length, **options), plain.run_packed(ids, length, **options)
+        )
+    assert session.memo.hits == before
+
+
+def test_a_file_grows_while_it_serves(module, memo, texts):
+    plain = whet.load(module, threads=1)
+    session = whet.load(module, threads=1, memo=memo, memo_level="strict", memo_grow=True)
+    reader = whet.load(module, threads=1, memo=memo, memo_level="strict")
+    wanted = plain.logits(texts)
+    count = session.memo.file.count
+    np.testing.assert_array_equal(session.logits(texts), wanted)
+    assert session.memo.file.count == count + len(set(texts[180:]) - set(texts[:180]))
+    session.memo.file.verify()
+    for other in (session, reader):
+        before = other.memo.misses
+        np.testing.assert_array_equal(other.logits(texts), wanted)
+        assert other.memo.misses == before
+
+
+def test_another_module_s_file_is_refused(module, memo, references, tmp_path):
+    whet.compile(references / "bert-sequence", tmp_path / "plain.so", isa="avx2")
+    with pytest.raises(MemoError, match="without the use of records"):
+        whet.load(tmp_path / "plain.so", memo=memo)
+    other = ["the", "a cat"]
+    whet.compile(references / "bert-sequence", tmp_path / "other.so", isa="avx2", memo=True, calibration=other)
+    with pytest.raises(MemoError, match="built for another model, or another build"):
+        whet.load(tmp_path / "other.so", memo=memo)
+    with pytest.raises(ValueError, match="memo_level is 'bold'"):
+        whet.load(module, memo=memo, memo_level="bold")
+
+
+def test_refusals(module, texts, references, tmp_path):
+    for options, message in (
+        ({"memory": 1000}, "too little for any record"),
+        ({"max_loss": -1}, "max_loss is -1"),
+        ({"held_out": texts[:9]}, "9 to choose on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(module, tmp_path / "a.memo", texts[:150], **{"held_out": texts[150:], **options})
+    assert not list(tmp_path.iterdir())
+    for options, message in (({"precision": "fp32"}, "for precision 'int8'"), ({"freeze": "a"}, "can't go together")):
+        with pytest.raises(ValueError, match=message):
+            whet.compile(references / "bert-sequence", tmp_path / "a.so", memo=True, **options)
+
+
+def test_measure(module, memo, texts):
+    found = measure(module, memo, texts[150:190], level="strict")
+    assert (found.requests, found.looked_up, found.hits) == (40, 40, 30)
+    assert (found.loss, found.same) == (0, 1)
+    assert "30 hit (75.0%" in str(found)
+
+
+def test_command_line(module, texts, tmp_path, capsys):
+    (tmp_path / "corpus.txt").write_text("\n".join(texts))
+    memo = str(tmp_path / "b.memo")
+    build = ["memo", "build", str(module), "--corpus", str(tmp_path / "corpus.txt"), "-o", memo]
+    assert cli.main([*build, "--memory", "20MiB", "--max-loss", "50", "--held-out", str(tmp_path / "corpus.txt")]) == 0
+    assert "records" in capsys.readouterr().out
+    assert cli.main(["memo", "inspect", memo, "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["room"] == 20 << 20
+    assert cli.main(["run", str(module), texts[0], "--memo", memo, "--memo-level", "strict"]) == 0
+    bench = ["bench", str(module), "--memo", memo]
+    assert cli.main(bench) == 1
+    assert "--texts" in capsys.readouterr().err
+    (tmp_path / "few.txt").write_text("\n".join(texts[:5]))
+    assert cli.main([*bench, "--texts", str(tmp_path / "few.txt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["same"] == 1
+    assert cli.main([*build, "--memory", "much"]) == 2

@@ -1,0 +1,153 @@
+"""The file of records: what was added is read back, nothing else is believed."""
+
+import ctypes
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from whet.runtime.memo_file import Description, MemoError, MemoFile, create, describe
+from whet.runtime.metadata import Records
+
+RECORDS = Records("0" * 64, 2, 3)
+DESCRIPTION = Description("model", RECORDS, 50, 8, 100, 1 << 20, {"default": 0.1}, {"default": [[1, 64]]}, {})
+
+
+def tokens(seed, length):
+    return np.random.default_rng(seed).integers(0, 50, (2, length)).astype(np.int32)
+
+
+def attention(seed, length):
+    return np.random.default_rng(seed).integers(0, 256, RECORDS.size(length)).astype(np.uint8)
+
+
+def view(address, size):
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+def add(file, seed, length):
+    view(file.room(length), RECORDS.size(length))[:] = attention(seed, length)
+    file.add(tokens(seed, length), np.full(8, seed, np.float32))
+
+
+@pytest.fixture
+def path(tmp_path):
+    create(tmp_path / "a.memo", DESCRIPTION, np.arange(400, dtype=np.float32).reshape(50, 8))
+    return tmp_path / "a.memo"
+
+
+LENGTHS = [5, 16, 33, 1]
+
+
+@pytest.fixture
+def filled(path):
+    file = MemoFile(path, writable=True)
+    for i, length in enumerate(LENGTHS):
+        add(file, i, length)
+    del file
+    return path
+
+
+def test_what_was_added_is_there(filled):
+    file = MemoFile(filled)
+    assert (file.count, file.description) == (len(LENGTHS), DESCRIPTION)
+    np.testing.assert_array_equal(file.vectors.reshape(-1), np.arange(400))
+    for i, length in enumerate(LENGTHS):
+        assert file.address(i) % 64 == 0
+        np.testing.assert_array_equal(file.tokens(i), tokens(i, length))
+        np.testing.assert_array_equal(view(file.address(i), RECORDS.size(length)), attention(i, length))
+        assert (file.keys[i] == i).all()
+    file.verify()
+
+
+def test_a_description_can_be_written_again(filled):
+    other = replace(DESCRIPTION, levels={"default": 0.5}, report={"name": "ä"})
+    describe(filled, other)
+    assert MemoFile(filled).description == other
+    assert MemoFile(filled).count == len(LENGTHS)
+
+
+def test_a_full_file_has_no_room(path):
+    file = MemoFile(path, writable=True)
+    while file.room(64) is not None:
+        add(file, file.count, 64)
+    assert 0 < file.count < 100
+    assert MemoFile(path).count == file.count
+
+
+def test_readers_see_what_another_adds(path):
+    reader, writer = MemoFile(path), MemoFile(path, writable=True)
+    add(writer, 7, 20)
+    assert reader.count == 1
+    np.testing.assert_array_equal(view(reader.address(0), RECORDS.size(20)), attention(7, 20))
+    with pytest.raises(MemoError, match="another process adds"):
+        MemoFile(path, writable=True)
+
+
+KILLED = """
+import sys, numpy as np
+sys.path.insert(0, sys.argv[2])
+from test_memo_file import MemoFile, add
+file = MemoFile(sys.argv[1], writable=True)
+while True:
+    add(file, file.count, 1 + file.count % 30)
+    print(file.count, flush=True)
+"""
+
+
+def test_what_was_acknowledged_survives_a_kill(tmp_path):
+    path = tmp_path / "a.memo"
+    create(path, replace(DESCRIPTION, capacity=10**5, size=1 << 28), np.zeros((50, 8), np.float32))
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, path, Path(__file__).parent], stdout=subprocess.PIPE, text=True
+    )
+    for line in child.stdout:
+        if int(line) >= 40:
+            break
+    child.send_signal(signal.SIGKILL)
+    acknowledged = int((child.stdout.read().split() or ["40"])[-1])
+    child.wait()
+    file = MemoFile(path, writable=True)
+    assert acknowledged <= file.count <= acknowledged + 1
+    file.verify()
+    for i in range(file.count):
+        np.testing.assert_array_equal(file.tokens(i), tokens(i, 1 + i % 30))
+    add(file, 0, 9)  # and it goes on
+    file.verify()
+
+
+def changed(path, offset, value):
+    data = bytearray(path.read_bytes())
+    data[offset : offset + len(value)] = value
+    path.write_bytes(data)
+
+
+def test_damage_is_refused(filled, tmp_path):
+    original = filled.read_bytes()
+    d = DESCRIPTION
+    for offset, value, message in (
+        (0, b"X", "no memo file"),
+        (8, b"\x09", "format 9"),
+        (80, b"~", "description differs"),
+        (56, b"\xff", "list of records"),
+        (d.entries + 8, b"\x40", "list of records"),
+        (d.entries + 16, b"\x77", "list of records"),
+    ):
+        filled.write_bytes(original)
+        changed(filled, offset, value)
+        with pytest.raises(MemoError, match=message):
+            MemoFile(filled)
+    for size in (0, 100, 20_000, len(original) - 1):
+        filled.write_bytes(original[:size])
+        with pytest.raises(MemoError, match="cut off"):
+            MemoFile(filled)
+    filled.write_bytes(original)
+    changed(filled, d.first_record + 3, b"\x00\x01")
+    with pytest.raises(MemoError, match="record 0 differs"):
+        MemoFile(filled).verify()
+    with pytest.raises(FileNotFoundError):
+        MemoFile(tmp_path / "none.memo")

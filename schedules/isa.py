@@ -83,8 +83,9 @@ class Isa:
         """``acc + Σ x[i]·w[i]`` per lane over the 4 bytes of a lane, exact in int32.
 
         ``acc``, ``x`` and ``w`` are int32 vectors of ``lanes`` lanes; the bytes of ``x`` are unsigned, those of ``w``
-        signed. On AVX2 this is two vpmaddwd on the even and odd bytes widened to 16 bits: vpmaddubsw, the obvious
-        choice, saturates. LLVM shares the widening between calls with the same operand.
+        signed. On AVX2 this is two vpmaddwd on the even and odd bytes widened to 16 bits, for vpmaddubsw saturates (for
+        weights known beforehand see whet.schedules.paired_i8). LLVM shares the widening between calls with the same
+        operand.
         """
         lanes = self.lanes
         if self.dot == "bf16":

@@ -63,7 +63,8 @@ def paired(blocks: NDArray[Any]) -> Paired:
 def _paired(blocks: NDArray[Any]) -> tuple[NDArray[Any], ...]:
     """Do it for a few lists; returns the fields of ``Paired``."""
     lists, quads, rows, _ = blocks.shape
-    alone = (_limits(blocks) > LIMIT).any(axis=4).all(axis=3).any(axis=2)
+    over: NDArray[Any] = _limits(blocks) > LIMIT
+    alone = np.any(np.all(np.any(over, axis=4), axis=3), axis=2)
     # Of two neighbours one is rounded up and one down, and the other way round in what is left: both keep the rule.
     halves = np.where(alone[..., None, None], (blocks + np.array([0, 1, 0, 1], np.int16)) >> 1, 0).astype(np.int8)
     values = np.concatenate([blocks - halves, halves, np.zeros((lists, 1, rows, 4), np.int8)], axis=1)
@@ -113,7 +114,7 @@ def _pairs(limits: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     above = np.frombuffer(bytes([LIMIT + 1] * word.itemsize), word)
     words = np.ascontiguousarray(limits.view(word)[..., 0].transpose(2, 3, 0, 1))  # sum, flips, list, block
     best = limits.max(axis=4).argmin(axis=3)  # flips
-    left = limits.any(axis=(2, 3, 4))
+    left: NDArray[Any] = np.asarray(limits.any(axis=(2, 3, 4)))
     every, sums = np.arange(lists), np.arange(2)
     pairs, flips = [np.zeros((lists, 0, 2), np.int64)], [np.zeros((lists, 0, 2, 2), np.int64)]
     while left.any():

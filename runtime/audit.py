@@ -2,10 +2,10 @@
 
 What a request's caches would have said, each by itself, and what the model says, is kept for the last audited requests.
 The thresholds are a function of these alone: those that the module was compiled with as long as, with them, the loss is
-within what the module allows; else raised together, each to the same quantile of the trust that its cache gave, until
-it is. So caches that come to err answer less, and those that recover answer again; and nothing is ever trusted more
-than when it was fitted. The loss is the share of answers whose class
-is not the model's own.
+within what the module allows, over all of them and over the newest; else raised together, each to the same quantile of
+the trust that its cache gave, until it is. So caches that come to err answer less, and those that recover answer again;
+and nothing is ever trusted more than when it was fitted. The loss of a request is what the model itself expects it to
+be: by how much the probability of the cache's class is below that of its own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 WINDOW = 1000
 """Audited requests that thresholds follow from."""
+RECENT = 100
+"""The newest of them, which are judged by themselves too: a change shows sooner."""
 LEAST = 50
 """Audited requests before they say anything."""
 _QUEUE = 256
@@ -158,8 +160,8 @@ class Auditor:
                 thresholds[cache] = -NEVER
             rows.append(self._twin.traced(request.ids, length, request.positions, request.types)[0])
         answers, trust = np.array([row[:-2] for row in rows]), np.array([row[-1] for row in rows[:-1]])
-        loss = answers.argmax(axis=1) != answers[-1].argmax()
-        return trust, loss[:-1]
+        loss = expected_loss(answers[:-1].argmax(axis=1), answers[-1])
+        return trust, loss
 
     def _apply(self) -> bool:
         """Set the session's thresholds; returns whether they changed."""
@@ -167,7 +169,12 @@ class Auditor:
         assert thresholds is not None
         new = self._fitted
         if self._added >= LEAST:
-            new = tightened(self._fitted, *self._seen(), self._engine.metadata.allowed_loss)
+            allowed = self._engine.metadata.allowed_loss
+            recent = self._kept[np.arange(max(0, self._added - RECENT), self._added) % WINDOW]
+            new = np.maximum(
+                tightened(self._fitted, *self._seen(), allowed),
+                tightened(self._fitted, recent[:, 0], recent[:, 1], allowed),
+            )
         changed = not np.array_equal(thresholds, new)
         thresholds[:] = new
         return changed
@@ -213,6 +220,16 @@ class Auditor:
             raise ArtifactError(f"{self.path} keeps no audits that this runtime reads; delete it to start anew")
         for one in zip(trust[-WINDOW:], loss[-WINDOW:], strict=True):
             self._add(*one)
+
+
+def expected_loss(classes: NDArray[np.intp], logits: NDArray[Any]) -> NDArray[np.float64]:
+    """What the model itself expects to lose if these classes ``(…,)`` are answered in place of its own.
+
+    That is the difference of the probabilities that its logits ``(labels,)`` give them.
+    """
+    probabilities = np.exp(logits - logits.max(), dtype=np.float64)
+    probabilities /= probabilities.sum()
+    return np.asarray(probabilities.max() - probabilities[classes])
 
 
 def tightened(fitted: NDArray[Any], trust: NDArray[Any], loss: NDArray[Any], allowed: float) -> NDArray[np.float32]:

@@ -28,6 +28,7 @@ from whet.passes.graph import Graph, digest_of, is_call
 from whet.progress import Progress, Silent
 from whet.runtime import Session
 from whet.runtime import load as load_module
+from whet.runtime.audit import expected_loss
 
 Kind: TypeAlias = Literal["learned", "knn"]
 
@@ -191,9 +192,14 @@ def fit(
         speedup=choice.plain_cost / choice.cost,
         requests=(len(data), len(held_out)),
     )
-    unlike = np.array([answers.argmax(axis=1) != chosen_on.logits.argmax(axis=1) for answers, _ in found])
-    disagreement = judge(np.array(choice.thresholds), trust, unlike.astype(np.float64), costs).loss
-    save(Freeze(*identity, disagreement + budget, tuple(kept), asdict(report)), output)
+    expected = np.array(
+        [
+            [expected_loss(one, logits) for one, logits in zip(answers.argmax(axis=1), chosen_on.logits, strict=True)]
+            for answers, _ in found
+        ]
+    )
+    allowed = judge(np.array(choice.thresholds), trust, expected, costs).loss + budget
+    save(Freeze(*identity, allowed, tuple(kept), asdict(report)), output)
     return report
 
 

@@ -14,6 +14,7 @@ from whet.bench_exits import bench_exits
 from whet.caching.file import FreezeError, load
 from whet.datasets import LabelledText
 from whet.freezing import fit, inspect
+from whet.runtime.audit import expected_loss
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +91,12 @@ def test_audits(modules, texts, tmp_path):
     np.testing.assert_array_equal(watched.logits(texts[:200]), other.logits(texts[:200]))
     watched.auditor.wait()
     assert watched.auditor.count == 200
-    plain = whet.load(modules[1], threads=1).logits(texts[:200]).argmax(1)
-    unlike = (other.logits(texts[:200]).argmax(1) != plain).mean()
-    allowed = watched.metadata.allowed_loss
-    assert 0.3 <= allowed < 1
-    if unlike <= allowed:
-        assert watched.auditor.loss == pytest.approx(unlike)
-        np.testing.assert_array_equal(watched.thresholds, other.thresholds)
+    plain = whet.load(modules[1], threads=1).logits(texts[:200])
+    classes = other.logits(texts[:200]).argmax(1)
+    loss = np.mean([expected_loss(one, logits) for one, logits in zip(classes, plain, strict=True)])
+    assert 0.3 <= watched.metadata.allowed_loss < 1  # as much as the budget, at least: nothing is tightened
+    assert watched.auditor.loss == pytest.approx(loss, abs=1e-5)
+    np.testing.assert_array_equal(watched.thresholds, other.thresholds)
     assert (tmp_path / "m.so.audit").exists()
     with pytest.raises(ValueError, match=r"plain\.so has no caches to audit"):
         whet.load(modules[1], audit=0.1)

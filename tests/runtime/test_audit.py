@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from whet.runtime.audit import LEAST, WINDOW, Auditor, tightened
+from whet.runtime.audit import LEAST, WINDOW, Auditor, expected_loss, tightened
 from whet.runtime.metadata import ArtifactError
 
 FITTED = np.array([0.9, 0.8], np.float32)
@@ -25,7 +25,7 @@ class Caches:
         wrong, trust = ids[0], ids[1] / 100
         (leaves,) = np.nonzero(trust >= self.thresholds)
         answered = leaves[0] if len(leaves) else 2
-        answer = [1.0, 0.0] if answered < 2 and wrong >> answered & 1 else [0.0, 1.0]
+        answer = [9.0, 0.0] if answered < 2 and wrong >> answered & 1 else [0.0, 9.0]
         return np.array([[*answer, answered, trust if answered < 2 else 1]], np.float32)
 
 
@@ -112,6 +112,19 @@ def test_a_share_is_taken(tmp_path):
     watched.offer(np.zeros(4000, int), lengths, np.zeros(4000, int), None)
     taken = watched._queue.qsize() + watched.dropped
     assert 300 < taken < 500 and watched._queue.qsize() == 256
+
+
+def test_new_errors_count_however_much_went_well_before(tmp_path):
+    engine, watched = auditor(tmp_path)
+    serve(watched, 0, WINDOW - LEAST)
+    serve(watched, 0b11, LEAST)
+    assert watched.loss < 0.02
+    assert (engine.thresholds > FITTED).any()
+
+
+def test_expected_loss():
+    logits = np.log(np.array([0.5, 0.3, 0.2], np.float32)) + 3
+    np.testing.assert_allclose(expected_loss(np.array([0, 1, 2]), logits), [0, 0.2, 0.3], atol=1e-6)
 
 
 def test_tightened_is_the_least_that_suffices():

@@ -542,7 +542,7 @@ def _add_memo_build(sub: argparse.ArgumentParser) -> None:
         metavar="POINTS",
         type=float,
         help="most requests in a hundred that may be classified otherwise, or for other models 100 (1 - cosine); "
-        "default 0.5. Four times as much at the loose level; at the strict one of the requests that hit alone",
+        "default 0.5. Four times as much at the loose level; at the strict one a fifth, of those that hit alone",
     )
 
 

@@ -27,7 +27,7 @@ from whet.runtime.text import Text
 DIMENSIONS = 64
 """Of keys."""
 
-BUDGETS = {"strict": 1.0, "default": 1.0, "loose": 4.0}
+BUDGETS = {"strict": 0.2, "default": 1.0, "loose": 4.0}
 """Of each level, in units of the loss that is allowed: of the requests that hit (strict), or of all."""
 
 _HELD_OUT = 5
@@ -125,7 +125,7 @@ def build(
         held_out: the same, to choose on; default: a fifth of the corpus.
         memory: bytes of the file. What the corpus leaves free is room to grow.
         max_loss: most points to lose at the default level, see ``MemoReport.loss``; four times as much at the loose
-            one. At the strict level it is the most that the requests that hit lose, so that it holds if all do.
+            one. At the strict level a fifth of it, and of the requests that hit alone, however many these are.
         progress: told of every phase.
 
     Raises:

@@ -121,7 +121,7 @@ def memoized_attention(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs | No
                 family = attention_amx if attention_amx.supports(spec, isa) else attention_vector
                 stored = _Stored(spec, isa, AttentionKnobs.default(spec, isa), stored_v, records, params, layer, out)
                 family.attend(spec, isa, knobs, Arguments(first, q, k, v, computed, params, out), stored.keep)
-                with T.parallel(spec.heads) as head:
+                with T.parallel(spec.heads) as head, T.If(last_groups > 0), T.Then():
                     stored.allocate()
                     with T.serial(last_groups * TILE) as entry:
                         stored.apply(head, segments, entry)

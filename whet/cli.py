@@ -567,7 +567,7 @@ def _add_memo_build(sub: argparse.ArgumentParser) -> None:
         metavar="POINTS",
         type=float,
         help="most requests in a hundred that may be classified otherwise, or for other models 100 (1 - cosine); "
-        "default 0.5. A fifth of it at the strict level, four times as much at the loose one",
+        "default 0.5. Four times as much at the loose level; at the strict one a fifth, of those that hit alone",
     )
 
 

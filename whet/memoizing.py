@@ -28,7 +28,7 @@ DIMENSIONS = 64
 """Of keys."""
 
 BUDGETS = {"strict": 0.2, "default": 1.0, "loose": 4.0}
-"""Of each level, in units of the loss that is allowed."""
+"""Of each level, in units of the loss that is allowed: of the requests that hit (strict), or of all."""
 
 _HELD_OUT = 5
 _LEAST = 100
@@ -124,8 +124,8 @@ def build(
         corpus: texts or pairs. If they do not fit, those that occur most often are kept.
         held_out: the same, to choose on; default: a fifth of the corpus.
         memory: bytes of the file. What the corpus leaves free is room to grow.
-        max_loss: most points to lose at the default level, see ``MemoReport.loss``; a fifth of it at the strict level,
-            four times as much at the loose one.
+        max_loss: most points to lose at the default level, see ``MemoReport.loss``; four times as much at the loose
+            one. At the strict level a fifth of it, and of the requests that hit alone, however many these are.
         progress: told of every phase.
 
     Raises:
@@ -348,7 +348,10 @@ def _judge(session: Session, memo: Memo, requests: Sequence[NDArray[np.int32]], 
     ends = np.cumsum([tokens.shape[1] if per_token else 1 for tokens in ordered])[:-1]
     losses = np.zeros(len(requests))
     losses[order] = _losses(session, *(np.split(a, ends) for a in answers))
-    levels = {level: _threshold(distances, losses, share * max_loss / 100) for level, share in BUDGETS.items()}
+    levels = {
+        level: _threshold(distances, losses, share * max_loss / 100, of_hits=level == "strict")
+        for level, share in BUDGETS.items()
+    }
     near = {level: distances <= distance for level, distance in levels.items()}
     buckets = []
     lengths = np.array([tokens.shape[1] for tokens in requests])
@@ -392,14 +395,18 @@ def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(((a * b).sum(axis=1) / np.maximum(norms, 1e-12)).mean())
 
 
-def _threshold(distances: NDArray[np.float64], losses: NDArray[np.float64], budget: float) -> float:
-    """Largest distance at which, and below which, the loss of all requests and its standard error are in the budget."""
+def _threshold(distances: NDArray[np.float64], losses: NDArray[np.float64], budget: float, *, of_hits: bool) -> float:
+    """Largest distance at which, and below which, the mean loss and its standard error are within the budget.
+
+    The mean is over all requests or over those that hit.
+    """
     order = np.argsort(distances, kind="stable")
     order = order[np.isfinite(distances[order])]
     sums, squares = np.cumsum(losses[order]), np.cumsum(np.square(losses[order]))
-    within = (sums + np.sqrt(squares)) / len(losses) <= budget
-    count = len(within) if within.all() else int(within.argmin())
-    return float(distances[order[count - 1]]) if count else 0.0
+    count = np.arange(1, len(order) + 1) if of_hits else len(losses)
+    within = (sums + np.sqrt(squares)) / count <= budget
+    hits = len(within) if within.all() else int(within.argmin())
+    return float(distances[order[hits - 1]]) if hits else 0.0
 
 
 def _times(session: Session, memo: Memo, tokens: NDArray[np.int32], records: NDArray[np.int64]) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 ROWS = 16
@@ -35,10 +36,10 @@ def configuration(shapes: Sequence[tuple[int, int]]) -> NDArray[np.int32]:
 
 def configure(shapes: Sequence[tuple[int, int]]) -> None:
     """Emit LDTILECFG for ``configuration(shapes)``: once in each thread, before it uses the registers."""
-    # int32, as the buffers that take over this one's memory: TVM refuses pointers to what is of two types.
-    words = T.alloc_buffer((16,), "int32")
-    for i, word in enumerate(configuration(shapes)):
-        T.buffer_store(words, T.int32(int(word)), [i])
+    # One vector, as what takes over this buffer's memory later is one: TVM refuses memory that is of two types.
+    words = T.alloc_buffer((1,), "int32x16")
+    values = [T.int32(int(word)) for word in configuration(shapes)]
+    T.buffer_store(words, tirx.Shuffle(values, [T.int32(i) for i in range(len(values))]), [0])
     call("ldtilecfg", T.address_of(words[0]))
 
 

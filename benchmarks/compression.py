@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from typing import Any
 from report import table
 
 from whet.compress.recipe import Recipe
+from whet.compressing import PLACES, make_recipe
 
 RESULTS = Path(__file__).parent / "results"
 DRAWN = "32"
@@ -35,6 +37,8 @@ class Row:
     score: float
     score_name: str
     milliseconds: dict[str, float]
+    relative: dict[str, float]
+    """Times as shares of the dense int8 module's in the same run: runs differ by what else the machine does."""
     size: int
     zeros: float
     blocks: str
@@ -76,6 +80,7 @@ def gather(folders: Sequence[Path]) -> list[Section]:
         if not known:
             sections[key] = Section(f"{dense}, {recipe.task.replace('_', ' ')}", Path(report["data"]).name, [])
         own = describe(recipe)
+        base = next(m for m in report["measured"] if (m["model"], m["precision"]) == ("dense", "int8"))["milliseconds"]
         for module in report["measured"]:
             if module["model"] == "dense" and known:
                 continue
@@ -88,6 +93,7 @@ def gather(folders: Sequence[Path]) -> list[Section]:
                     score=score,
                     score_name=score_name,
                     milliseconds=module["milliseconds"],
+                    relative={n: ms / base[n] for n, ms in module["milliseconds"].items()},
                     size=module["size"],
                     zeros=report["sparsity"] if sparse else 0.0,
                     blocks=recipe.pruning.block if sparse else "",
@@ -107,16 +113,39 @@ def describe(recipe: Recipe) -> str:
 
 
 def command(recipe: Recipe, folder: Path, test: str) -> str:
-    """The command that makes the row again; the recipe beside the results holds everything else."""
-    return f"whet compress --recipe {folder.name}/recipe.toml --test {Path(test).name} -o {folder.name}"
+    """The command that makes the row again: all that is not as by default, files by their names alone."""
+    options = {"task": recipe.task, "data": list(recipe.data.train)}
+    plain = make_recipe(None, {"model": recipe.model, **options}).to_table()
+    own = recipe.to_table()
+    own["pruning"]["shares"] = {}  # the budget chooses them again
+    words = [
+        "whet compress",
+        Path(recipe.model).name,
+        "--task",
+        recipe.task,
+        *(f"--data {d}" for d in recipe.data.train),
+    ]
+    named = {place: f"--{name}" for name, place in PLACES.items() if name != "data"}
+    for table_name, values in own.items():
+        for field, value in values.items() if isinstance(values, dict) else ():
+            if value == plain[table_name][field] and field not in ("sparsity", "block"):
+                continue
+            option = named.get((table_name, field), f"--set {table_name}.{field}=")
+            for text in value if isinstance(value, list) else [value]:
+                if (table_name, field) != ("data", "train"):
+                    words.append(f"{option}{text}" if option.endswith("=") else f"{option} {text}")
+    text = " ".join([*words, "--test", test, "-o", folder.name])
+    return re.sub(r"\S*/", "", text)
 
 
 def markdown(sections: Iterable[Section], cpu: str, picture: str) -> str:
     """All tables."""
     parts = [
         "# Compressed models: accuracy against latency",
-        f"One thread of {cpu}; median milliseconds of one request, modules of a row in turns. Scores on test sets.",
-        f"![Score against milliseconds at {DRAWN} tokens; the line joins the points that no other beats]({picture})",
+        f"One thread of {cpu}; median milliseconds of one request, and their share of the dense int8 module's, with which "
+        "the modules of a folder took turns. Scores on test sets, times 100.",
+        "The commands leave folders out; STS-B and SST-2 as published also want `--test-format stsb` or `sst2`.",
+        f"![Score against time at {DRAWN} tokens; the line joins the points that no other beats]({picture})",
     ]
     for section in sections:
         rows = section.rows
@@ -127,7 +156,7 @@ def markdown(sections: Iterable[Section], cpu: str, picture: str) -> str:
                 row.model,
                 row.precision,
                 f"{100 * share(row):.2f}",
-                *(f"{row.milliseconds[n]:.2f}" for n in lengths),
+                *(f"{row.milliseconds[n]:.2f} ({row.relative[n]:.2f})" for n in lengths),
                 f"{row.size / 1e6:.1f}",
                 f"{row.minutes:.0f}" if row.minutes else "",
             ]
@@ -148,7 +177,7 @@ def draw(sections: Sequence[Section], cpu: str, path: Path) -> None:
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(1, len(sections), figsize=(5.5 * len(sections), 4.5), squeeze=False)
     for axis, section in zip(axes[0], sections, strict=True):
-        points = [(row.milliseconds[DRAWN], 100 * share(row), row) for row in section.rows]
+        points = [(row.relative[DRAWN], 100 * share(row), row) for row in section.rows]
         for precision, marker in (("fp32", "o"), ("int8", "s")):
             for i, blocks in enumerate(dict.fromkeys(row.blocks for row in section.rows)):
                 own = [(x, y) for x, y, row in points if (row.precision, row.blocks) == (precision, blocks)]
@@ -160,7 +189,9 @@ def draw(sections: Sequence[Section], cpu: str, path: Path) -> None:
         for x, y, row in points:
             if (x, y) in front:
                 axis.annotate(row.model, (x, y), fontsize=7, xytext=(4, -8), textcoords="offset points")
-        axis.set(title=section.title, xlabel=f"ms at {DRAWN} tokens", ylabel=section.rows[0].score_name, xscale="log")
+        axis.set(
+            title=section.title, xlabel=f"time at {DRAWN} tokens, dense int8 = 1", ylabel=section.rows[0].score_name
+        )
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=7)
     figure.suptitle(f"One thread of {cpu}")

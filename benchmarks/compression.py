@@ -142,8 +142,8 @@ def markdown(sections: Iterable[Section], cpu: str, picture: str) -> str:
     """All tables."""
     parts = [
         "# Compressed models: accuracy against latency",
-        f"One thread of {cpu}; median milliseconds of one request, and their share of the dense int8 module's, with which "
-        "the modules of a folder took turns. Scores on test sets, times 100.",
+        f"One thread of {cpu}; median milliseconds of one request, and their share of the dense int8 module's, with "
+        "which the modules of a folder took turns. Scores on test sets, times 100.",
         "The commands leave folders out; STS-B and SST-2 as published also want `--test-format stsb` or `sst2`.",
         f"![Score against time at {DRAWN} tokens; the line joins the points that no other beats]({picture})",
     ]

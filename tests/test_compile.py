@@ -283,8 +283,9 @@ class TestMiniLM:
         session, _ = compiled(minilm_folder, "int8")
         data = np.load(REFERENCES / "minilm.npz")
         cosine = (session.encode([str(s) for s in data["sentences"]]) * data["output"]).sum(axis=1)
-        assert cosine.mean() > 0.99
-        assert cosine.min() > 0.97  # an empty text, and one word 254 times, are further away than sentences
+        degenerate = [2, 4]  # an empty text, and one word 254 times: smoothing channels helps what is like other texts
+        assert np.delete(cosine, degenerate).min() > 0.995
+        assert cosine.min() > 0.96
 
     def test_texts_of_every_kind(self, compiled, minilm_folder):
         session, _ = compiled(minilm_folder, "int8")

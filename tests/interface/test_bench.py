@@ -49,7 +49,7 @@ def test_an_interrupt_ends_the_measurement():
         interleave({"a": lambda: None}, 60, stop)
 
 
-def test_an_interrupt_reaches_thepinned_thread():
+def test_an_interrupt_reaches_the_pinned_thread():
     seen = []
 
     def work(stop):

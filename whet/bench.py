@@ -23,6 +23,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from whet.evaluate import cosines
 from whet.peers import Inputs, Missing, Peer, Run, make_peers
 from whet.progress import Progress, Silent
 from whet.runtime import Session, load
@@ -320,9 +321,7 @@ def _timings(
 def _cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
     if a.shape != b.shape:
         return math.nan
-    a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (a, b))
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return float(((a * b).sum(axis=1) / np.maximum(lengths, 1e-12)).mean())
+    return float(cosines(*(x.reshape(-1, x.shape[-1]) for x in (a, b))).mean())
 
 
 def pinned(threads: int, work: Callable[[threading.Event], T]) -> T:

@@ -258,7 +258,11 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if args.plain is None and args.data is not None:
+        raise ValueError("--data are the requests for --plain; name the module without caches too, or leave them out")
     if args.memo is not None:
+        if args.plain is not None:
+            raise ValueError("--memo and --plain are two comparisons; make one at a time")
         _bench_memo(args)
         return
     if args.texts is not None:

@@ -129,11 +129,11 @@ class _Similarity:
         return np.concatenate([session.encode(part) for part in _batches(texts, advance)])
 
     def score(self, outputs: Array) -> dict[str, float]:
-        return _correlations(_cosines(outputs[::2], outputs[1::2]), self.rows)
+        return _correlations(cosines(outputs[::2], outputs[1::2]), self.rows)
 
     def agreement(self, outputs: Array, other: Array) -> dict[str, float]:
-        cosines = _cosines(outputs, other)
-        return {"cosine_mean": float(cosines.mean()), "cosine_least": float(cosines.min())}
+        found = cosines(outputs, other)
+        return {"cosine_mean": float(found.mean()), "cosine_least": float(found.min())}
 
 
 class _PairScore:
@@ -179,7 +179,7 @@ class _Classes:
     def agreement(self, outputs: Array, other: Array) -> dict[str, float]:
         return {
             "same_class": float((outputs.argmax(axis=1) == other.argmax(axis=1)).mean()),
-            "logit_cosine_mean": float(_cosines(outputs, other).mean()),
+            "logit_cosine_mean": float(cosines(outputs, other).mean()),
         }
 
 
@@ -279,7 +279,7 @@ def _correlations(values: Array, rows: Sequence[ScoredPair]) -> dict[str, float]
     return {"spearman": spearman(values, gold), "pearson": pearson(values, gold)}
 
 
-def _cosines(a: Array, b: Array) -> Array:
+def cosines(a: Array, b: Array) -> Array:
     """Cosine of each row of ``a`` with the same row of ``b``."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from whet.evaluate import cosines
 from whet.progress import Progress, Silent
 from whet.runtime import Session, load
 from whet.runtime.artifact import open_artifact
@@ -391,8 +392,7 @@ def _losses(
 def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     if np.array_equal(a, b):
         return 1.0
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return float(((a * b).sum(axis=1) / np.maximum(norms, 1e-12)).mean())
+    return float(cosines(a, b).mean())
 
 
 def _threshold(distances: NDArray[np.float64], losses: NDArray[np.float64], budget: float, *, of_hits: bool) -> float:

@@ -22,8 +22,8 @@ from typing import Any
 SEED = 0
 WORDS = (5, 40)
 """Sentences of running text are kept if they have so many words."""
-HELD_OUT_ARTICLES = 5
-"""One in so many articles of SQuAD is tested on."""
+HELD_OUT = 5
+"""One in so many articles of SQuAD is tested on; one in so many training rows of Banking77 is held out."""
 
 
 def main() -> None:
@@ -32,10 +32,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     embedding_texts(data, out)
     clinc150(data / "clinc150/data_full.json", out)
-    for name in ("train", "test"):
-        rows = read_table(data / f"banking77/{name}.csv", ",")
-        write_csv(out / f"banking77-{name}.csv", ((row["text"], row["category"]) for row in rows))
-        print(f"banking77-{name}.csv")
+    banking77(data / "banking77", out)
     squad(data, out)
 
 
@@ -94,13 +91,27 @@ def clinc150(path: Path, out: Path) -> None:
         print(f"clinc150-{name}.csv: {len(splits[split])} rows")
 
 
+def banking77(folder: Path, out: Path) -> None:
+    """One in so many of the training rows, which are sorted by intent, makes a development set."""
+    published = {name: read_table(folder / f"{name}.csv", ",") for name in ("train", "test")}
+    rows = {name: [(row["text"], row["category"]) for row in table] for name, table in published.items()}
+    parts = {
+        "train": [row for i, row in enumerate(rows["train"]) if i % HELD_OUT],
+        "development": rows["train"][::HELD_OUT],
+        "test": rows["test"],
+    }
+    for name, part in parts.items():
+        write_csv(out / f"banking77-{name}.csv", part)
+        print(f"banking77-{name}.csv: {len(part)} rows")
+
+
 def squad(data: Path, out: Path) -> None:
     """SQuAD's public development articles, divided; with XQuAD's other articles, from the same set, in the test."""
     articles = json.loads((data / "squad_v2_dev/squad.json").read_text(encoding="utf-8"))["data"]
     known = {article["title"] for article in articles}
     others = json.loads((data / "xquad_en/xquad.en.json").read_text(encoding="utf-8"))["data"]
-    test = articles[::HELD_OUT_ARTICLES] + [article for article in others if article["title"] not in known]
-    train = [article for i, article in enumerate(articles) if i % HELD_OUT_ARTICLES]
+    test = articles[::HELD_OUT] + [article for article in others if article["title"] not in known]
+    train = [article for i, article in enumerate(articles) if i % HELD_OUT]
     for name, part in (("train", train), ("test", test)):
         answerable = [answered(article) for article in part]
         (out / f"squad-{name}.json").write_text(json.dumps({"data": answerable}), encoding="utf-8")

@@ -169,6 +169,7 @@ def load_encoder(folder: str | Path, task: Task, labels: Sequence[str] = ()) -> 
         dtype=torch.float32,
         local_files_only=True,
         use_safetensors=True,
+        ignore_mismatched_sizes=not has_head(root, task),  # another task's head may have the names of the new one's
         **options,
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(inner, local_files_only=True, use_fast=True)

@@ -199,6 +199,12 @@ def test_nothing_is_overwritten(tmp_path, texts):
         go(recipe, tmp_path / "new")
 
 
+def test_another_tasks_head_gives_way_to_a_new_one(tmp_path, topics):
+    tagger = make_model(tmp_path / "m", "ForTokenClassification", labels=("O", "X", "Y", "Z"))
+    made = go(classifier(topics, tagger), tmp_path / "out")
+    assert made.score > 0.6 > made.before, "of 20 rows, of which chance finds a third"
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path, topics):
     recipe = classifier(topics, make_model(tmp_path / "m"))
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+; lower training.learning_rate"):

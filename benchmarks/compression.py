@@ -45,6 +45,8 @@ class Row:
     steps: int
     minutes: float
     command: str
+    curve: dict[str, float]
+    """Score on the development data by training steps."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,17 @@ def gather(folders: Sequence[Path]) -> list[Section]:
                     steps=recipe.training.steps if sparse else 0,
                     minutes=report["seconds"] / 60 if sparse else 0.0,
                     command=command(recipe, folder, report["data"]) if sparse else "",
+                    curve=curve(folder) if sparse else {},
                 )
             )
     return list(sections.values())
+
+
+def curve(folder: Path) -> dict[str, float]:
+    """What the log of a training says of its scores."""
+    log = folder / "training.jsonl"
+    records = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.is_file() else ()
+    return {str(record["step"]): record["score"] for record in records}
 
 
 def describe(recipe: Recipe) -> str:
@@ -163,7 +173,14 @@ def markdown(sections: Iterable[Section], cpu: str, picture: str) -> str:
             for row in rows
         ]
         commands = dict.fromkeys(row.command for row in rows if row.command)
-        parts += [f"## {section.title}, {section.data}", table(head, body), "```sh\n" + "\n".join(commands) + "\n```"]
+        parts += [f"## {section.title}, {section.data}", table(head, body)]
+        curves = {row.model: row.curve for row in rows if row.curve}
+        parts += [
+            f"{model}, while training, on the development data: "
+            + ", ".join(f"{100 * score:.2f} after {steps}" for steps, score in points.items())
+            for model, points in curves.items()
+        ]
+        parts.append("```sh\n" + "\n".join(commands) + "\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -80,8 +80,8 @@ def memoize_attention(module: IRModule) -> IRModule:
             division = divide(builder, graph.source(graph.values[fused[var]].args[1]))
             x, *others = call.args
             first, last = (
-                builder.emit(dialect.part(x, tiles=tiles, last=bool(i)), name_hint=f"{var.name}_{('first', 'last')[i]}")
-                for i, tiles in enumerate(division.tiles)
+                builder.emit(dialect.part(x, tiles=tiles, last=last), name_hint=f"{var.name}_{name}")
+                for tiles, last, name in zip(division.tiles, (False, True), ("first", "last"), strict=True)
             )
             values[fused[var]] = builder.emit(_values(graph, builder, var, last), name_hint=f"{var.name}_values")
             return dialect.dense(first, *others, **attributes(call))

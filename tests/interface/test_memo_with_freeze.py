@@ -94,7 +94,7 @@ def test_only_who_runs_to_the_end_adds_a_record(modules, memo, texts, tmp_path):
 
 def test_command_line(modules, memo, texts, tmp_path, capsys):
     both, alone = map(str, modules)
-    assert cli.main(["describe", both]) == 0
+    assert cli.main(["inspect", both]) == 0
     described = capsys.readouterr().out
     assert "Attention of earlier requests can be used" in described and "Requests may leave early" in described
     requests = tmp_path / "requests.txt"

@@ -77,3 +77,9 @@ def leavers(told: dict[int, np.ndarray], numbers: np.ndarray) -> np.ndarray:
     for layer, threshold in numbers.T[::-1]:
         left[trust(told[int(layer)]) >= threshold] = layer
     return left
+
+
+def halving(told: dict[int, np.ndarray]) -> np.ndarray:
+    """Exits at which some leave, and of those that stay half leave later."""
+    late = np.sort(trust(told[2])[trust(told[0]) < PLACES[0][1]])
+    return exits(after2=late[len(late) // 2 - 1 :][:2].mean())

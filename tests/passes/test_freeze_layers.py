@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from classifiers import BATCH, CHANNELS, LABELS, LAYERS, PLACES, cache, classifier, compiled, exits, leavers
+from classifiers import BATCH, CHANNELS, LABELS, LAYERS, PLACES, cache, classifier, compiled, exits, halving, leavers
 from graphs import build, ops
 
 from whet.passes import dialect
@@ -10,28 +10,23 @@ from whet.passes.freeze_layers import freeze_layers
 from whet.passes.interpret import interpret
 
 
-def run(precision, *, sparsity=0.0, **thresholds):
-    """Answers, and after how many layers, with these thresholds in place of ``PLACES``."""
-    out = compiled(precision, freeze=True, sparsity=sparsity)(BATCH, True, exits=exits(**thresholds))
-    return out[:, :LABELS], out[:, LABELS]
-
-
 @pytest.mark.parametrize(("precision", "sparsity"), [("per_token", 0.0), ("static", 0.75)])
 def test_those_who_leave_get_the_answer_of_the_cache_and_the_others_the_bits_they_had(precision, sparsity):
-    plain = compiled(precision, sparsity=sparsity)(BATCH, True)
+    frozen = compiled(precision, sparsity=sparsity, freeze=True)
+    nobody = exits(after0=2.0, after2=2.0)
     # What every request would be told by each cache: a threshold of 0 lets all leave there.
     told = {
-        0: run(precision, sparsity=sparsity, after0=0.0)[0],
-        2: run(precision, sparsity=sparsity, after0=2.0, after2=0.0)[0],
-        LAYERS: plain,
+        0: frozen(BATCH, True, exits=exits(after0=0.0))[:, :LABELS],
+        2: frozen(BATCH, True, exits=exits(after0=2.0, after2=0.0))[:, :LABELS],
+        LAYERS: compiled(precision, sparsity=sparsity)(BATCH, True),
     }
-    left = leavers(told, exits())
+    some = halving(told)
+    left = leavers(told, some)
     assert set(left.tolist()) == {0, 2, 3}
-    answers, layers = run(precision, sparsity=sparsity)
-    np.testing.assert_array_equal(layers, left)
-    for i, layer in enumerate(left):
-        np.testing.assert_array_equal(answers[i], told[layer][i], str((i, layer)))
-    np.testing.assert_array_equal(run(precision, sparsity=sparsity, after0=2.0, after2=2.0)[0], plain)
+    got = frozen(BATCH, True, exits=some)
+    np.testing.assert_array_equal(got[:, LABELS], left)
+    np.testing.assert_array_equal(got[:, :LABELS], [told[layer][i] for i, layer in enumerate(left)])
+    np.testing.assert_array_equal(frozen(BATCH, True, exits=nobody)[:, :LABELS], told[LAYERS])
 
 
 def test_compiled_and_interpreted_agree():

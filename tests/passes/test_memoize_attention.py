@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from classifiers import BATCH, CHANNELS, HEADS, LABELS, LAYERS, PLACES, classifier, compiled, exits, leavers, trust
+from classifiers import BATCH, CHANNELS, HEADS, LABELS, LAYERS, classifier, compiled, exits, halving, leavers
 from execute import aligned
 from graphs import build, ops, requests
 
@@ -68,11 +68,10 @@ def test_with_caches_hits_and_misses_leave_early_and_the_others_keep_their_bits(
             2: both(BATCH, True, used, exits=exits(after0=2.0, after2=0.0))[:, :LABELS],
             LAYERS: memo(BATCH, True, used),
         }
-        late = np.sort(trust(told[2])[trust(told[0]) < PLACES[0][1]])
-        half = exits(after2=late[len(late) // 2 - 1 :][:2].mean())
-        left = leavers(told, half)
+        some = halving(told)
+        left = leavers(told, some)
         assert set(left.tolist()) == {0, 2, 3}
-        got = both(BATCH, True, used, exits=half)
+        got = both(BATCH, True, used, exits=some)
         np.testing.assert_array_equal(got[:, LABELS], left)
         np.testing.assert_array_equal(got[:, :LABELS], [told[layer][i] for i, layer in enumerate(left)])
         changed = (told[LAYERS] != memo(BATCH, True)).any(axis=1)

@@ -102,6 +102,10 @@ def _infer_settle(call: relax.Call, _: Any) -> relax.TensorType:
     return _tiles(groups, channels + 2)
 
 
+def _infer_follow(call: relax.Call, _: Any) -> relax.TensorType:
+    return relax.TensorType((shape_of(call.args[1])[0], TILE, 2), "int64")
+
+
 def _infer_divide(call: relax.Call, _: Any) -> relax.TensorType:
     return relax.TensorType((call.attrs["groups"], TILE, 2), "int32")
 
@@ -133,7 +137,8 @@ LOOKUP = _register("lookup", -1, _infer_lookup)
 STAY = _register("stay", 3, _infer_stay)
 MOVE = _register("move", 2, _infer_move)
 SETTLE = _register("settle", -1, _infer_settle)
-DIVIDE = _register("divide", 3, _infer_divide)
+FOLLOW = _register("follow", 2, _infer_follow)
+DIVIDE = _register("divide", 2, _infer_divide)
 PART = _register("part", 1, _infer_part)
 MEMOIZED_ATTENTION = _register("memoized_attention", 5, _infer_memoized_attention)
 QUANTIZED_WEIGHT = _register("quantized_weight", 2, _infer_quantized_weight)
@@ -274,15 +279,20 @@ def settle(first: relax.Expr, *later: relax.Expr, layers: Sequence[int]) -> rela
     return _call(SETTLE, [first, *later], layers=list(layers))
 
 
-def divide(tokens: relax.Expr, segments: relax.Expr, records: relax.Expr, *, stored: bool) -> relax.Call:
+def follow(records: relax.Expr, segments: relax.Expr) -> relax.Call:
+    """Of ``records``, int64 ``(groups, 16, 2)``, an input of ``main``, those of the ``segments`` that ``stay`` made."""
+    return _call(FOLLOW, [records, segments])
+
+
+def divide(segments: relax.Expr, records: relax.Expr, *, stored: bool) -> relax.Call:
     """Segments of the requests that have a record to use (``stored``) or of those that have none.
 
     ``records`` are int64 ``(groups, 16, 2)``: addresses as ``whet.schedules.attention_memoized`` has them, or 0. The
-    result's groups, and the tiles that have tokens of its requests, which are the last or the first ones of the
-    ``tokens``, are not known before: attributes of the call name both numbers, ``groups`` and ``tiles``.
+    result's groups, and the tiles that have tokens of its requests, which are the last or the first ones of all that
+    the ``segments`` have, are not known before: attributes of the call name both numbers, ``groups`` and ``tiles``.
     """
     sizes = {name: tirx.Var(name, "int64") for name in ("groups", "tiles")}
-    return _call(DIVIDE, [tokens, segments, records], stored=stored, **sizes)
+    return _call(DIVIDE, [segments, records], stored=stored, **sizes)
 
 
 def part(x: relax.Expr, *, tiles: tirx.Var, last: bool) -> relax.Call:

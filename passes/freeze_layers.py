@@ -1,7 +1,7 @@
 """Let requests leave after chosen layers, answered by caches (Freeze, arXiv 2002.02645; GATI, arXiv 2101.07344).
 
-Before: the dialect as ``lower`` takes it, with kernels chosen; the result is one column per request. After: behind each
-chosen layer the requests are looked up in its cache; those whose answer is not trusted go on, their tokens moved
+Before: the dialect as ``quantise`` leaves it, or in floating point; the result is one column per request. After: behind
+each chosen layer the requests are looked up in its cache; those whose answer is not trusted go on, their tokens moved
 together. The result is the last answer that each request got, and two more channels: after how many layers, and the
 trust in it. All other layers stay as they are, so requests that run to the end get the answers that they had.
 """

@@ -361,9 +361,11 @@ def _settle(first: Answers, *later: Any, layers: Sequence[int]) -> Rows:
     return out
 
 
-def _divide(
-    _tokens: Ids, segments: list[tuple[int, int]], _records: None, *, stored: bool, **_sizes: Any
-) -> list[tuple[int, int]]:
+def _follow(records: None, _segments: Staying) -> None:
+    return records
+
+
+def _divide(segments: list[tuple[int, int]], _records: None, *, stored: bool, **_sizes: Any) -> list[tuple[int, int]]:
     """Nobody has a record here."""
     return [] if stored else segments
 
@@ -406,6 +408,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     "stay": _stay,
     "move": _move,
     "settle": _settle,
+    "follow": _follow,
     "divide": _divide,
     "part": _part,
     "memoized_attention": _memoized_attention,

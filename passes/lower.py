@@ -23,7 +23,7 @@ from whet.schedules.bfloat16 import to_bits
 from whet.schedules.cache_lookup import LookupSpec, lookup, pack_rows
 from whet.schedules.dense import BLOCKS, DenseSpec, Output, Weight, dense
 from whet.schedules.dense_spec import HEADS
-from whet.schedules.early_exit import MoveSpec, SettleSpec, StaySpec, move, settle, stay
+from whet.schedules.early_exit import FollowSpec, MoveSpec, SettleSpec, StaySpec, follow, move, settle, stay
 from whet.schedules.elementwise import ActivateSpec, AddSpec, Quantization, QuantizeSpec, elementwise
 from whet.schedules.embed import EmbedSpec, embed
 from whet.schedules.isa import Isa
@@ -314,7 +314,9 @@ class _Lowering:
             relax.TensorType((tiles,), "int8"),
             relax.TensorType((2,), "int32"),
         ]
-        inputs = [self.tiles(a) for a in call.args]
+        segments, records = map(self.graph.source, call.args)
+        tokens = self.forms.get((segments, "sources"), self.forms[self.graph.params[0], "tiles"])
+        inputs = [*tokens, self.tiles(segments), self.tiles(records)]
         spec = DivideSpec(bool(attributes(call)["stored"]))
         self.forms[var, "tiles"] = self.call("divide", spec, _divide_live, inputs, [], types, var.name)[:1]
 
@@ -406,6 +408,12 @@ class _Lowering:
         self.forms[var, "tiles"] = made[:1]
         if form:
             self.forms[var, form] = made[1:]
+
+    def lower_follow(self, var: relax.Var, call: relax.Call) -> None:
+        records, segments = map(self.graph.source, call.args)
+        inputs = [*self.forms[segments, "requests"], self.tiles(records)]
+        types = [relax.TensorType((self.first(var), TILE, 2), "int64")]
+        self.forms[var, "tiles"] = self.call("follow", FollowSpec(), follow, inputs, [], types, var.name)
 
     def lower_settle(self, var: relax.Var, call: relax.Call) -> None:
         answer, *later = map(self.graph.source, call.args)

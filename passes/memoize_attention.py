@@ -1,9 +1,9 @@
 """Give every attention a second way: probabilities from a record of an earlier request (AttMemo, arXiv 2301.09262).
 
-Before: the dialect as ``quantise`` leaves it, with int8 attention. After: ``main`` takes a fifth input, the addresses
-of the requests' records. Q, K and V are computed only of requests that use no record, and V alone, by a layer of its
-own, of those that do. Weights and scales stay as they are, so a request that uses no record gets the bits that it had;
-so does one that uses the record of the same tokens.
+Before: the dialect as ``quantise`` leaves it, with int8 attention; requests may leave (``freeze_layers``). After:
+``main`` takes a fifth input, the addresses of the requests' records. Q, K and V are computed only of requests that use
+no record, and V alone, by a layer of its own, of those that do. Weights and scales stay as they are, so a request that
+uses no record gets the bits that it had; so does one that uses the record of the same tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from tvm import IRModule, relax
+from tvm import IRModule, relax, tirx
 
 from . import dialect
 from .dialect import TILE
@@ -60,33 +60,64 @@ def memoize_attention(module: IRModule) -> IRModule:
                 f"{var.name}: memoizing needs int8 attention whose Q, K and V come from one dense layer; this model's "
                 "do not"
             )
-    tokens, segments = graph.params[0], graph.params[3]
-    records = relax.Var(INPUT, relax.TensorType((segments.ty.shape[0], TILE, 2), "int64"))
-    divisions = [dialect.divide(tokens, segments, records, stored=stored) for stored in (False, True)]
-    sides: list[relax.Var] = []
+    every = graph.params[3]
+    records = relax.Var(INPUT, relax.TensorType((every.ty.shape[0], TILE, 2), "int64"))
+    new: dict[relax.Expr, relax.Expr] = {}
+    divisions: dict[relax.Expr, _Division] = {}
     values: dict[relax.Var, relax.Var] = {}
 
+    def divide(builder: relax.BlockBuilder, segments: relax.Expr) -> _Division:
+        """Divide a batch once, and again whenever requests have left it."""
+        if segments not in divisions:
+            some = new.get(segments, segments)
+            theirs = records if some.same_as(every) else builder.emit(dialect.follow(records, some), name_hint=INPUT)
+            divisions[segments] = _Division.of(builder, some, theirs)
+        return divisions[segments]
+
     def visit(builder: relax.BlockBuilder, var: relax.Var, call: relax.Call) -> relax.Expr:
+        new.update(zip(map(graph.source, graph.values[var].args), call.args, strict=True))
         if var in fused:
-            if not sides:
-                names = ("computed", "stored")
-                sides.extend(builder.emit(d, name_hint=n) for d, n in zip(divisions, names, strict=True))
+            division = divide(builder, graph.source(graph.values[fused[var]].args[1]))
             x, *others = call.args
             first, last = (
-                builder.emit(dialect.part(x, tiles=d.attrs["tiles"], last=last), name_hint=f"{var.name}_{name}")
-                for d, last, name in zip(divisions, (False, True), ("first", "last"), strict=True)
+                builder.emit(dialect.part(x, tiles=tiles, last=last), name_hint=f"{var.name}_{name}")
+                for tiles, last, name in zip(division.tiles, (False, True), ("first", "last"), strict=True)
             )
             values[fused[var]] = builder.emit(_values(graph, builder, var, last), name_hint=f"{var.name}_values")
             return dialect.dense(first, *others, **attributes(call))
         if var in layers:
-            computed, stored = sides
-            tiles = tokens.ty.shape[0]
+            division = divide(builder, graph.source(graph.values[var].args[1]))
             return dialect.memoized_attention(
-                call.args[0], computed, values[var], stored, records, tiles=tiles, layer=layers[var], **attributes(call)
+                call.args[0],
+                division.computed,
+                values[var],
+                division.stored,
+                division.records,
+                tiles=var.ty.shape[0],
+                layer=layers[var],
+                **attributes(call),
             )
         return call
 
     return rewrite(module, visit, [records])
+
+
+@dataclass(frozen=True)
+class _Division:
+    """Requests in two: the segments of those that use no record and of those that use one."""
+
+    records: relax.Expr
+    computed: relax.Var
+    stored: relax.Var
+    tiles: tuple[tirx.Var, tirx.Var]
+    """How many each have."""
+
+    @staticmethod
+    def of(builder: relax.BlockBuilder, segments: relax.Expr, records: relax.Expr) -> _Division:
+        calls = [dialect.divide(segments, records, stored=stored) for stored in (False, True)]
+        computed, stored = (builder.emit(c, name_hint=n) for c, n in zip(calls, ("computed", "stored"), strict=True))
+        first, last = (call.attrs["tiles"] for call in calls)
+        return _Division(records, computed, stored, (first, last))
 
 
 def _values(graph: Graph, builder: relax.BlockBuilder, qkv: relax.Var, x: relax.Expr) -> relax.Call:

@@ -114,10 +114,15 @@ def run_pipeline(
             module = round_to_bf16(module)
             dump(module, "round_to_bf16")
 
-    records = None
+    records = records_of(module) if options.memo else None  # the same with caches and without
+
+    if options.freeze:
+        with progress.phase("3 insert caches"):
+            module = freeze_layers(module, options.freeze)
+            dump(module, "freeze_layers")
+
     if options.memo:
         with progress.phase("3 memoize attention"):
-            records = records_of(module)
             module = memoize_attention(module)
             dump(module, "memoize_attention")
 
@@ -127,12 +132,6 @@ def run_pipeline(
             for i, isa in enumerate(options.isas):
                 modules[i], choices[i] = choose_kernels(module, isa, options.tokens)
                 dump(modules[i], f"choose_kernels_{isa.name}")
-
-    if options.freeze:
-        with progress.phase("5 insert caches"):
-            for i, isa in enumerate(options.isas):
-                modules[i] = freeze_layers(modules[i], options.freeze)
-                dump(modules[i], f"freeze_layers_{isa.name}")
 
     if options.probe:
         with progress.phase("5 show hidden states"):

@@ -68,6 +68,11 @@ class Engine:
         m = self.metadata
         return f"<{type(self).__name__} {m.name}: {m.task}, {m.precision} for {m.isa}, {self.threads} threads>"
 
+    @property
+    def _channels(self) -> int:
+        """What the code writes of each request or token: with caches two more than the output has."""
+        return self.metadata.output.channels + 2 * bool(self.metadata.exits)
+
     def run(
         self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, token_type_ids: ArrayLike | None = None
     ) -> NDArray[np.float32]:
@@ -201,7 +206,7 @@ class Engine:
         first = starts(lengths)
         spans = [slice(a, a + n) for a, n in zip(first.tolist(), lengths.tolist(), strict=True)]
         per_token = self.metadata.output.per == "token"
-        out = np.empty((len(ids) if per_token else len(lengths), self.metadata.output.channels), np.float32)
+        out = np.empty((len(ids) if per_token else len(lengths), self._channels), np.float32)
         order = np.argsort(records[:, 0] != 0, kind="stable").tolist()
         if memo.grows:
             alone = [i for i in order if not records[i, 0] and memo.wants(int(lengths[i]))]
@@ -209,13 +214,16 @@ class Engine:
                 s = spans[i]
                 tokens = memo.tokens(ids, types, s)
                 with memo.adding(tokens) as room:
-                    out[s if per_token else slice(i, i + 1)] = self.run_recorded(
+                    rows = self.run_recorded(
                         ids[s],
                         lengths[i : i + 1],
                         positions[s],
                         None if types is None else types[s],
-                        np.array([[0, room]]),
+                        np.array([[0, room.address]]),
                     )
+                    # Of a request that left early, the record has the first layers alone.
+                    room.complete = not self.metadata.exits or rows[0, -2] == self.metadata.exits[-1]
+                out[s if per_token else slice(i, i + 1)] = rows
             order = [i for i in order if i not in set(alone)]
         if order:
             tokens = np.concatenate([np.arange(spans[i].start, spans[i].stop) for i in order])
@@ -242,8 +250,7 @@ class Engine:
         and one whose record is made is alone.
         """
         per_token = self.metadata.output.per == "token"
-        channels = self.metadata.output.channels + 2 * bool(self.metadata.exits)
-        out = np.empty((len(ids) if per_token else len(lengths), channels), np.float32)
+        out = np.empty((len(ids) if per_token else len(lengths), self._channels), np.float32)
         start = 0
         for requests in split(lengths, self.metadata.max_tokens):
             tokens = slice(start, start + int(lengths[requests].sum()))
@@ -252,7 +259,7 @@ class Engine:
                 *pack(ids[tokens], positions[tokens], 0 if types is None else types[tokens], lengths[requests])
             ]
             units = args[0] if per_token else args[3]
-            tiles = aligned((len(units), channels, TILE), np.float32)
+            tiles = aligned((len(units), self._channels, TILE), np.float32)
             if self.metadata.records is not None:
                 args.append(pack_records(args[3], None if records is None else records[requests]))
             self._call(self._invoke_packed, [*args, tiles])

@@ -12,6 +12,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -46,6 +47,16 @@ class Keys:
         other = np.flatnonzero(a != b)
         difference = (self._vectors[a[other]] - self._vectors[b[other]]).reshape(-1)
         return float(np.sqrt(difference @ difference / len(a)))
+
+
+@dataclass
+class Room:
+    """Where a record is to be written."""
+
+    address: int
+    """0 if it does not fit any more."""
+    complete: bool = True
+    """Set to False, the record is not added."""
 
 
 class Memo:
@@ -121,12 +132,13 @@ class Memo:
         return bool(self._pays[length]) and self.file.room(length) is not None
 
     @contextmanager
-    def adding(self, tokens: NDArray[np.int32]) -> Iterator[int]:
-        """Give the address where a record is to be written, 0 if it does not fit any more, and then add it."""
+    def adding(self, tokens: NDArray[np.int32]) -> Iterator[Room]:
+        """Give room where a record is to be written, and then add it."""
         with self._lock:
-            room = self.file.room(tokens.shape[1])
-            yield room or 0
-            if room is not None:
+            address = self.file.room(tokens.shape[1])
+            room = Room(address or 0)
+            yield room
+            if room.complete and address is not None:
                 self.file.add(tokens, self.keys.key(tokens[0]))
                 self._take_in_new()
 

@@ -1,4 +1,4 @@
-"""What lets requests of a batch leave early: who stays, where their tokens move to, and who is answered by what.
+"""What lets requests of a batch leave early: who stays, where tokens and records move to, who is answered by what.
 
 ``stay`` closes the ranks of the requests whose answer is not trusted enough. How many they are is known to the kernel
 alone, so it writes the sizes of its outputs beside them.
@@ -50,6 +50,15 @@ class MoveSpec:
 
     channels: int
     quantize: Quantization
+
+
+@dataclass(frozen=True)
+class FollowSpec:
+    """The records of those that stay.
+
+    Arguments: requests ``(ng', 16)`` int32, as ``stay`` writes them, records ``(ng, 16, 2)`` int64; out
+    ``(ng', 16, 2)`` int64, 0 in unused entries.
+    """
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,27 @@ def _declare(spec: MoveSpec, prefix: str, tiles: Any) -> list[Any]:
     """Declare the forms of a value as parameters."""
     x = parameter(prefix + "x", (tiles, spec.channels, TILE), "float32")
     return [x, *(form for form in declare_quads(spec.quantize, tiles, spec.channels) if form is not None)]
+
+
+def follow(_spec: FollowSpec, _isa: Isa) -> tirx.PrimFunc:
+    """Kernel that takes records along, serial; the arguments are the specification's."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("follow")
+            groups, left = named("groups", T.int64()), named("left", T.int64())
+            requests = parameter("requests", (left, TILE), "int32")
+            records = parameter("records", (groups, TILE, 2), "int64")
+            out = parameter("out", (left, TILE, 2), "int64")
+            with T.sblock("root"):
+                T.reads()
+                T.writes()
+                with T.serial(left) as group, T.serial(TILE) as lane:
+                    number = named("number", T.Bind(requests[group, lane]))
+                    for i in range(2):
+                        T.buffer_store(out, T.int64(0), [group, lane, i])
+                        with T.If(number != NOBODY), T.Then():
+                            T.buffer_store(out, records[number // TILE, number % TILE, i], [group, lane, i])
+        return builder.get()
 
 
 def settle(spec: SettleSpec, _isa: Isa) -> tirx.PrimFunc:

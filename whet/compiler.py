@@ -140,9 +140,7 @@ def compile(
         FileNotFoundError: no such source, output folder or folder of records, or no C compiler.
 
     """
-    _check_options(precision, quantisation, sparsity, tokens)
-    if memo:
-        _check_can_memoize(precision, freeze)
+    _check_options(precision, quantisation, sparsity, tokens, memo)
     targets = _isas(isa, precision)
     output = Path(output)
     if not output.resolve().parent.is_dir():
@@ -220,7 +218,9 @@ def compile(
     )
 
 
-def _check_options(precision: Precision, quantisation: QuantisationConfig | None, sparsity: float, tokens: int) -> None:
+def _check_options(
+    precision: Precision, quantisation: QuantisationConfig | None, sparsity: float, tokens: int, memo: bool
+) -> None:
     """Refuse what needs no look at the model to be wrong."""
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
@@ -230,13 +230,8 @@ def _check_options(precision: Precision, quantisation: QuantisationConfig | None
         raise ValueError(f"sparsity is {sparsity}; expected a share of at least 0 and below 1")
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}; expected those of a typical call, at least 1")
-
-
-def _check_can_memoize(precision: Precision, freeze: object) -> None:
-    if precision != "int8":
+    if memo and precision != "int8":
         raise ValueError(f"memo is for precision 'int8'; precision is {precision!r}: leave one of them out")
-    if freeze is not None:
-        raise ValueError(f"memo and freeze={freeze!r} can't go together yet; leave one of them out")
 
 
 def import_model(

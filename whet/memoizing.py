@@ -20,6 +20,7 @@ from whet.evaluate import cosines
 from whet.progress import Progress, Silent
 from whet.runtime import Session, load
 from whet.runtime.artifact import open_artifact
+from whet.runtime.audit import NEVER
 from whet.runtime.memo import LEVELS, Memo
 from whet.runtime.memo_file import Description, MemoError, MemoFile, create, describe
 from whet.runtime.packing import positions_within
@@ -140,7 +141,9 @@ def build(
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"the folder {output.parent} does not exist; create it, or name another output")
     progress = progress or Silent()
-    session = load(module, threads=1)
+    session, to_the_end = load(module, threads=1), load(module, threads=1)
+    if to_the_end.thresholds is not None:
+        to_the_end.thresholds[:] = NEVER  # a record is of all layers, whoever leaves before
     if held_out is None:
         chosen = np.random.default_rng(0).permutation(len(corpus)) % _HELD_OUT == 0
         held_out = [text for text, out in zip(corpus, chosen, strict=True) if out]
@@ -160,7 +163,7 @@ def build(
         with progress.phase("run the corpus", len(kept)) as advance:
             for tokens in kept:
                 with memo.adding(tokens) as room:
-                    _run(session, [tokens], np.array([[0, room]]))
+                    _run(to_the_end, [tokens], np.array([[0, room.address]]))
                 advance(1)
         with progress.phase("choose distances and lengths"):
             report = _judge(session, memo, others, max_loss)
@@ -334,7 +337,8 @@ def _run(
 ) -> NDArray[np.float32]:
     ids, types = (np.concatenate([tokens[i] for tokens in requests]) for i in (0, 1))
     lengths = np.array([tokens.shape[1] for tokens in requests])
-    return session.run_recorded(ids, lengths, positions_within(lengths), types, records)
+    rows = session.run_recorded(ids, lengths, positions_within(lengths), types, records)
+    return rows[:, : session.metadata.output.channels]
 
 
 def _judge(session: Session, memo: Memo, requests: Sequence[NDArray[np.int32]], max_loss: float) -> MemoReport:

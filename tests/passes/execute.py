@@ -34,7 +34,8 @@ def run(lowered: Lowered, isa: Isa, requests: list[np.ndarray], per_request: boo
 def program(lowered: Lowered, isa: Isa) -> Program:
     """Compile once; what it returns packs requests and runs them, as often as it is called.
 
-    Further arguments of that replace weights, by the start of their names.
+    Further arguments of that are the records of a module that takes some, int64 ``(requests, 2)``, none if None; and
+    what replaces weights, by the start of their names.
     """
     weights = Blob()
     table = {name: weights.add(name, array) for name, array in lowered.weights}
@@ -42,9 +43,17 @@ def program(lowered: Lowered, isa: Isa) -> Program:
     original = np.frombuffer(b"".join(weights.pieces()), np.uint8)
     executable = generate_code(assembled.module, isa)
     channels = int(lowered.module["main"].ret_ty.shape[1])
+    takes_records = int(lowered.module["main"].attrs["num_input"]) == 5
 
-    def answer(requests: list[np.ndarray], per_request: bool, **changed: np.ndarray) -> np.ndarray:
+    def answer(
+        requests: list[np.ndarray], per_request: bool, records: object = None, **changed: np.ndarray
+    ) -> np.ndarray:
         inputs = pack(requests)
+        if takes_records:
+            addresses = np.zeros(inputs[3].shape, np.int64)
+            if records is not None:
+                addresses.reshape(-1, 2)[: len(requests)] = records
+            inputs.append(aligned(addresses))
         blob = original.copy()
         for start, array in changed.items():
             (offset,) = {w.offset for name, w in table.items() if name.startswith(start)}

@@ -1,61 +1,17 @@
 """Attention that uses records of earlier requests: the bits of all answers, in batches of hits and misses."""
 
-import functools
-
 import numpy as np
 import pytest
-from execute import aligned, pack
+from classifiers import BATCH, CHANNELS, HEADS, LABELS, LAYERS, classifier, compiled, exits, halving, leavers
+from execute import aligned
 from graphs import build, ops, requests
-from test_freeze_layers import CHANNELS, LAYERS, classifier
 
-from whet.codegen import generate_code
-from whet.link import Blob
-from whet.passes.assemble import assemble
 from whet.passes.interpret import interpret
 from whet.passes.memoize_attention import memoize_attention, records_of
-from whet.passes.pipeline import Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig, quantise
-from whet.progress import Silent
-from whet.schedules.isa import isa
 
-HEADS = 2
-ISA = isa("avx2")
-BATCH = requests(20, 3, 16, 1, 33, 5, 16, 16, 7, 50, 2, 12, 40, 9, 4, 18, 6, 31, 8)
 HITS = range(9, len(BATCH))
-"""What follows them is computed."""
-
-
-@functools.cache
-def compiled(activations, memo=True, sparsity=0.0):
-    batch = requests(20, 30)
-    options = Options((ISA,), 64, QuantisationConfig(activations=activations), memo=memo, sparsity=sparsity)
-    lowered = run_pipeline(build(classifier), options, batch, [b * 0 for b in batch], Silent())[0].lowered
-    weights = Blob()
-    offsets = [weights.add(*weight).offset for weight in lowered.weights]
-    assembled = assemble(lowered.module, offsets)
-    blob = aligned(np.frombuffer(b"".join(weights.pieces()), np.uint8))
-    return generate_code(assembled.module, ISA), assembled.workspace, blob
-
-
-def run(batch, activations, memo=True, records=None, sparsity=0.0):
-    """Logits of each request; ``records`` are addresses to use and to keep at, ``(requests, 2)``."""
-    executable, workspace, blob = compiled(activations, memo, sparsity)
-    inputs = pack(batch)
-    tiles, groups = inputs[0].shape[0], inputs[3].shape[0]
-    if memo:
-        addresses = np.zeros((groups * 16, 2), np.int64)
-        if records is not None:
-            addresses[: len(batch)] = records
-        inputs.append(aligned(addresses.reshape(groups, 16, 2)))
-    scratch = aligned(np.full(tiles * workspace.per_tile + groups * workspace.per_group + 1, 0xA5, np.uint8))
-    out = aligned(np.zeros((groups, 5, 16), np.float32))
-    executable["main"](*inputs, blob, scratch, out)
-    return out.numpy().transpose(0, 2, 1).reshape(-1, 5)[: len(batch)]
-
-
-def room(request):
-    n = len(request)
-    return aligned(np.zeros((LAYERS, HEADS, -(-n // 16), -(-n // 4), 64), np.uint8))
+"""What comes before them is computed."""
 
 
 def quantised(batch=None):
@@ -63,31 +19,76 @@ def quantised(batch=None):
     return quantise(build(classifier), QuantisationConfig(), batch, [b * 0 for b in batch], lambda _: None)
 
 
-def record(request, activations, **options):
-    made = room(request)
-    run([request], activations, records=[[0, made.data_ptr()]], **options)
+def record(request, call, **changed):
+    """What a module keeps of a request."""
+    tiles, quads = (-(-len(request) // size) for size in (16, 4))
+    made = aligned(np.zeros((LAYERS, HEADS, tiles, quads, 64), np.uint8))
+    call([request], True, [[0, made.data_ptr()]], **changed)
     return made
 
 
-@pytest.mark.parametrize(("activations", "options"), [("per_token", {}), ("static", {"sparsity": 0.75})], ids=str)
-def test_hits_of_the_same_tokens_and_misses_keep_their_bits(activations, options):
-    plain = run(BATCH, activations, memo=False, **options)
-    np.testing.assert_array_equal(run(BATCH, activations, **options), plain)
-    made = [record(request, activations, **options) for request in BATCH]
+def using(made, hits):
+    """Records of a batch whose requests ``hits`` use some."""
+    return [[m.data_ptr() if i in hits else 0, 0] for i, m in enumerate(made)]
+
+
+@pytest.mark.parametrize(("activations", "sparsity"), [("per_token", 0.0), ("static", 0.75)])
+def test_hits_of_the_same_tokens_and_misses_keep_their_bits(activations, sparsity):
+    plain = compiled(activations, sparsity=sparsity)(BATCH, True)
+    call = compiled(activations, sparsity=sparsity, memo=True)
+    np.testing.assert_array_equal(call(BATCH, True), plain)
+    made = [record(request, call) for request in BATCH]
     assert all(m.numpy().any(axis=(1, 2, 3, 4)).all() for m in made)
     for hits in (HITS, range(len(BATCH))):
-        addresses = [[made[i].data_ptr() if i in hits else 0, 0] for i in range(len(BATCH))]
-        np.testing.assert_array_equal(run(BATCH, activations, records=addresses, **options), plain)
+        np.testing.assert_array_equal(call(BATCH, True, using(made, hits)), plain)
     for request, m, answer in zip(BATCH, made, plain, strict=True):
-        np.testing.assert_array_equal(run([request], activations, records=[[m.data_ptr(), 0]], **options)[0], answer)
+        np.testing.assert_array_equal(call([request], True, using([m], [0]))[0], answer)
+
+
+@pytest.mark.parametrize(("activations", "sparsity"), [("per_token", 0.0), ("static", 0.75)])
+def test_with_caches_hits_and_misses_leave_early_and_the_others_keep_their_bits(activations, sparsity):
+    memo, frozen, both = (
+        compiled(activations, sparsity=sparsity, **options)
+        for options in ({"memo": True}, {"freeze": True}, {"memo": True, "freeze": True})
+    )
+    nobody = exits(after0=2.0, after2=2.0)
+    np.testing.assert_array_equal(both(BATCH, True, exits=nobody)[:, :LABELS], memo(BATCH, True))
+    expected = frozen(BATCH, True)
+    np.testing.assert_array_equal(both(BATCH, True), expected)
+    own = [record(request, memo) for request in BATCH]
+    for one, other in zip(own, (record(request, both, exits=nobody) for request in BATCH), strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+    np.testing.assert_array_equal(both(BATCH, True, using(own, HITS)), expected)
+    # Records of others: those who use them get other answers, and may leave elsewhere.
+    foreign = [record(request[::-1], memo) for request in BATCH]
+    for hits in (HITS, range(len(BATCH)), range(18, 19)):
+        used = using(foreign, hits)
+        told = {
+            0: both(BATCH, True, used, exits=exits(after0=0.0))[:, :LABELS],
+            2: both(BATCH, True, used, exits=exits(after0=2.0, after2=0.0))[:, :LABELS],
+            LAYERS: memo(BATCH, True, used),
+        }
+        some = halving(told)
+        left = leavers(told, some)
+        assert set(left.tolist()) == {0, 2, 3}
+        got = both(BATCH, True, used, exits=some)
+        np.testing.assert_array_equal(got[:, LABELS], left)
+        np.testing.assert_array_equal(got[:, :LABELS], [told[layer][i] for i, layer in enumerate(left)])
+        changed = (told[LAYERS] != memo(BATCH, True)).any(axis=1)
+        assert changed[list(hits)].mean() > 0.5 and not np.delete(changed, list(hits)).any()
+    # All that are computed leave at once and those with records stay, and the other way round.
+    for first, second in ([0, LAYERS], [LAYERS, 0], [0, 2], [2, LAYERS], [0, 0]):
+        misses, hits = ([i for i, layer in enumerate(expected[:, LABELS]) if layer == at] for at in (first, second))
+        order = [*misses, *hits]
+        used = using([own[i] for i in order], range(len(misses), len(order)))
+        np.testing.assert_array_equal(both([BATCH[i] for i in order], True, used), expected[order])
 
 
 def test_another_record_changes_the_answer_of_its_user_alone():
-    plain = run(BATCH, "per_token", memo=False)
-    other = record(requests(500, 31)[1], "per_token")
-    addresses = np.zeros((len(BATCH), 2), np.int64)
-    addresses[17, 0] = other.data_ptr()
-    got = run(BATCH, "per_token", records=addresses)
+    call = compiled("per_token", memo=True)
+    plain = compiled("per_token")(BATCH, True)
+    other = record(requests(500, 31)[1], call)
+    got = call(BATCH, True, using([other] * len(BATCH), [17]))
     same = (got == plain).all(axis=1)
     assert not same[17]
     assert same.sum() == len(BATCH) - 1

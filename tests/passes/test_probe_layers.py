@@ -1,15 +1,14 @@
 """The probe shows the hidden states that the caches will see."""
 
 import numpy as np
+from classifiers import BATCH, CHANNELS, ISA, LABELS, LAYERS, cache, classifier, lowered
 from execute import program
 from graphs import build, requests
-from test_freeze_layers import BATCH, CHANNELS, LABELS, LAYERS, cache, classifier, lowered
 
 from whet.caching.cache import look_up
 from whet.passes.freeze_layers import freeze_layers
 from whet.passes.interpret import interpret
 from whet.passes.probe_layers import probe_layers
-from whet.schedules.isa import isa
 
 
 def test_hidden_states_and_logits():
@@ -27,5 +26,5 @@ def test_hidden_states_and_logits():
 
 def test_it_compiles():
     batch = requests(20, 3, 40)
-    shown = program(lowered([], "fp32", probe=True), isa("avx2"))(batch, True)
+    shown = program(lowered("fp32", probe=True), ISA)(batch, True)
     np.testing.assert_allclose(shown, interpret(probe_layers(build(classifier)), batch), atol=2e-4)

@@ -4,7 +4,7 @@ import numpy as np
 import oracles
 import pytest
 
-from whet.schedules.early_exit import NOBODY, MoveSpec, SettleSpec, StaySpec, move, settle, stay
+from whet.schedules.early_exit import NOBODY, FollowSpec, MoveSpec, SettleSpec, StaySpec, follow, move, settle, stay
 
 LENGTHS = [1, 2, 15, 16, 17, 31, 3, 64, 100, 5, 1, 1, 8, 8, 8, 9, 40, 7, 16, 16]
 
@@ -69,6 +69,19 @@ def test_move(isa, quantize):
         for tile, lane in np.ndindex(3, 16):
             source = sources[tile, lane]
             np.testing.assert_array_equal(moved[tile, :, lane], form[source // 16, :, source % 16])
+
+
+@pytest.mark.parametrize("isa", oracles.NAMES)
+def test_follow(isa):
+    rng = np.random.default_rng(3)
+    records = rng.integers(1, 1 << 62, (3, 16, 2))
+    staying = np.sort(rng.permutation(48)[:21])
+    numbers = np.full((2, 16), NOBODY, "int32")
+    numbers.reshape(-1)[:21] = staying
+    kernel = oracles.build(follow, FollowSpec(), isa)
+    (out,) = oracles.run(kernel, [numbers, records], [((2, 16, 2), "int64")])
+    np.testing.assert_array_equal(out.reshape(-1, 2)[:21], records.reshape(-1, 2)[staying])
+    assert not out.reshape(-1, 2)[21:].any()
 
 
 @pytest.mark.parametrize("isa", oracles.NAMES)

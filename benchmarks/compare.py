@@ -17,6 +17,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -186,7 +187,7 @@ def start(arguments: argparse.Namespace) -> Run:
         document = json.loads(path.read_text(encoding="utf-8"))
     if (document.get("whet"), document.get("clock", "wall")) != (fingerprint(), arguments.clock):
         document = {"whet": fingerprint(), "clock": arguments.clock, "versions": {}, "cells": {}, "floors": {}}
-    command = "python " + " ".join(["benchmarks/compare.py", *sys.argv[1:]])
+    command = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
     cpus = sorted(choose_cpus(arguments.threads))
     machine = {"cpu": cpu_model(), "isa": host_isa().name, "kernel": platform.release()}
     document |= {"command": command, "machine": machine, "threads": arguments.threads}

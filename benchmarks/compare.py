@@ -17,6 +17,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from workers import Failed, Worker
 
 from whet.bench import choose_cpus
 from whet.host import host_isa
-from whet.runtime.cpu import cpu_model
+from whet.runtime.cpu import cpu_flags, cpu_model
 
 HERE = Path(__file__).parent
 ROOMS = ("frontend", "passes", "runtime", "schedules", "whet")
@@ -71,6 +72,8 @@ ENGINES: dict[str, dict[str, tuple[str, ...]]] = {
 
 The Neural Engine wants blocks of 4 outputs × 1 input, so 4×4 blocks are its own as well, and 1×4 are not.
 """
+BF16_FLAG = "avx512_bf16"
+"""CPUs without it take no part in bf16: who runs it there emulates it."""
 EXPORTERS = {"neural_engine": ("neural_engine_export", "old.onnx")}
 """Engines whose graph another environment writes, and the file that it writes."""
 ANY_SHAPE = ("onnxruntime", "openvino", "neural_engine")
@@ -101,6 +104,7 @@ class Run:
     work: Path
     threads: int
     rounds: int
+    clock: str
     path: Path
     document: dict[str, Any]
     cpus: list[int]
@@ -123,10 +127,15 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", help="default: all; " + ", ".join(cases()))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contestant in each case")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: for one thread, on a core that others use"
+    )
     parser.add_argument("--quick", action="store_true", help="see whether everything runs; no results to publish")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run measured")
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="where everything is made")
     arguments = parser.parse_args()
+    if arguments.clock == "cpu" and arguments.threads > 1:
+        parser.error("--clock cpu adds up the time of all threads; expected --threads 1 with it")
     if arguments.quick:
         arguments.rounds = 3
         arguments.weights = arguments.weights or ["dense", "80% 4x4"]
@@ -147,7 +156,7 @@ def main() -> None:
             for engine in engines
             for variant, all_weights in ENGINES[engine].items()
             for weights in all_weights
-            if weights in arguments.weights
+            if weights in arguments.weights and ("bf16" not in variant or BF16_FLAG in cpu_flags())
         ]
         compare(run, shape, contestants, selected)
         floors(run, shape)
@@ -176,13 +185,13 @@ def start(arguments: argparse.Namespace) -> Run:
     document: dict[str, Any] = {}
     if path.exists() and not arguments.fresh:
         document = json.loads(path.read_text(encoding="utf-8"))
-    if document.get("whet") != fingerprint():
-        document = {"whet": fingerprint(), "versions": {}, "cells": {}, "floors": {}}
-    command = "python " + " ".join(["benchmarks/compare.py", *sys.argv[1:]])
+    if (document.get("whet"), document.get("clock", "wall")) != (fingerprint(), arguments.clock):
+        document = {"whet": fingerprint(), "clock": arguments.clock, "versions": {}, "cells": {}, "floors": {}}
+    command = shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]])
     cpus = sorted(choose_cpus(arguments.threads))
     machine = {"cpu": cpu_model(), "isa": host_isa().name, "kernel": platform.release()}
     document |= {"command": command, "machine": machine, "threads": arguments.threads}
-    return Run(arguments.work.resolve(), arguments.threads, arguments.rounds, path, document, cpus)
+    return Run(arguments.work.resolve(), arguments.threads, arguments.rounds, arguments.clock, path, document, cpus)
 
 
 def fingerprint() -> str:
@@ -308,7 +317,7 @@ def measure(run: Run, workers: Mapping[Contestant, Worker], case: str, lengths: 
                 continue
             with noted(failed, contestant):
                 message = {"do": "burst", "runs": passes[contestant], "settle": contestant not in slow}
-                seconds = workers[contestant].ask(**message)["seconds"]
+                seconds = workers[contestant].ask(**message, clock=run.clock)["seconds"]
                 found[contestant]["ms"].append(float(np.median(seconds)) * 1e3)
     for contestant, worker in workers.items():
         if worker.alive:

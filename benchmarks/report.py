@@ -22,9 +22,10 @@ SPARSE = ("80% 4x4", "90% 4x4", "80% 1x4", "90% 1x4")
 ANY_BLOCK = {"80% 1x4": "80% 4x4", "90% 1x4": "90% 4x4"}
 """An engine with blocks of another form runs its own: the peers with these zeros compete as well."""
 NOTES = (
-    "Median milliseconds of a pass; a ratio is the other engine's time over Whet's in the same round, the median of "
-    "all rounds with their 10th and 90th percentile. Cosines with Whet's output are in the JSON."
+    "Median milliseconds of a pass{clock}; a ratio is the other engine's time over Whet's in the same round, the "
+    "median of all rounds with their 10th and 90th percentile. Cosines with Whet's output are in the JSON."
 )
+CLOCKS = {"wall": "", "cpu": " (of CPU time: the core was shared with other work)"}
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def markdown(document: Mapping[str, Any], picture: str) -> str:
     parts = [
         f"# Encoders on {machine['cpu']}, {threads}",
         f"`{document['command']}`; {machine['isa']}, Linux {machine['kernel']}; {versions}.",
-        NOTES,
+        NOTES.format(clock=CLOCKS[document.get("clock", "wall")]),
         f"![Times of the fastest variant of each engine]({picture})",
     ]
     if "peaks" in machine:

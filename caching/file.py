@@ -18,7 +18,7 @@ import numpy as np
 
 from whet.caching.cache import ARRAYS, Cache
 
-FORMAT = 2
+FORMAT = 3
 _KIND = "whet freeze"
 
 
@@ -39,7 +39,8 @@ class Freeze:
     layers: int
     """Of the model."""
     allowed_loss: float
-    """What audits put up with, see ``whet.runtime.metadata.Metadata.allowed_loss``."""
+    budget: float
+    """For audits, see the same of ``whet.runtime.metadata.Metadata``."""
     caches: tuple[Cache, ...]
     fitted: dict[str, Any]
     """What fitting measured, for people."""
@@ -105,6 +106,7 @@ def load(path: str | PathLike[str]) -> Freeze:
             for i, c in enumerate(header["caches"])
         )
         identity = header["model"], header["weights"], header["precision"]
-        return Freeze(*identity, int(header["layers"]), float(header["allowed_loss"]), caches, header["fitted"])
+        losses = float(header["allowed_loss"]), float(header["budget"])
+        return Freeze(*identity, int(header["layers"]), *losses, caches, header["fitted"])
     except (KeyError, TypeError, ValueError) as error:
         raise FreezeError(f"{path} is malformed ({error}); fit it again: whet freeze fit") from error

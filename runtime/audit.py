@@ -1,11 +1,13 @@
 """Audits of early answers: a share of requests is answered again by all layers, and caches that err are trusted less.
 
 What a request's caches would have said, each by itself, and what the model says, is kept for the last audited requests.
-The thresholds are a function of these alone: those that the module was compiled with as long as, with them, the loss is
-within what the module allows, over all of them and over the newest; else raised together, each to the same quantile of
-the trust that its cache gave, until it is. So caches that come to err answer less, and those that recover answer again;
-and nothing is ever trusted more than when it was fitted. The loss of a request is what the model itself expects it to
-be: by how much the probability of the cache's class is below that of its own.
+The thresholds are a function of these alone: those that the module was compiled with unless, with them, the loss is
+above what the module allows by more than chance, over all of them or over the newest. Then the requests are not those
+that the caches were fitted to, and what these were allowed is no measure any more: the thresholds are raised together,
+each to the same quantile of the trust that its cache gave, until the loss is within the budget, and more requests are
+audited. So caches that come to err answer less, and those that recover answer again; and nothing is ever trusted more
+than when it was fitted. The loss of a request is what the model itself expects it to be: by how much the probability of
+the cache's class is below that of its own.
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ RECENT = 100
 """The newest of them, which are judged by themselves too: a change shows sooner."""
 LEAST = 50
 """Audited requests before they say anything."""
+ALARMED = 10
+"""Times as many requests are audited while thresholds are raised: what to trust then must be learned soon."""
+_ERRORS = 2.0
+"""Standard errors by which a loss is above what is allowed by more than chance."""
 _QUEUE = 256
 """Requests that wait for their audit; more are let go."""
 _SAVE_EVERY = 32
@@ -72,6 +78,8 @@ class Auditor:
         if not os.access(path.resolve().parent, os.W_OK):
             raise ValueError(f"audits of {engine.path} are kept in {path}, which can't be written; make it writable")
         self.share = share
+        self.alarmed = False
+        """Whether thresholds are raised."""
         self.path = path
         self.count = 0
         """Requests audited by this process."""
@@ -94,7 +102,7 @@ class Auditor:
         """Mean loss of the audited requests that are remembered, with the thresholds of now; NaN before the first."""
         if not self._added or self._engine.thresholds is None:
             return float("nan")
-        return _mean_loss(self._engine.thresholds, *self._seen())
+        return float(_losses(self._engine.thresholds, *self._seen()).mean())
 
     def _seen(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Trust and loss ``(requests, caches)`` of what is remembered."""
@@ -108,8 +116,9 @@ class Auditor:
     def offer(self, ids: NDArray[Any], lengths: NDArray[Any], positions: NDArray[Any], types: Any) -> None:
         """Take a share of the requests of a call."""
         start = 0
+        share = self.share * (ALARMED if self.alarmed else 1)
         for length in lengths.tolist():
-            if random.random() < self.share:
+            if random.random() < share:
                 tokens = slice(start, start + length)
                 self._run()
                 of_types = None if types is None else types[tokens].copy()
@@ -169,12 +178,13 @@ class Auditor:
         assert thresholds is not None
         new = self._fitted
         if self._added >= LEAST:
-            allowed = self._engine.metadata.allowed_loss
+            metadata = self._engine.metadata
             recent = self._kept[np.arange(max(0, self._added - RECENT), self._added) % WINDOW]
-            new = np.maximum(
-                tightened(self._fitted, *self._seen(), allowed),
-                tightened(self._fitted, recent[:, 0], recent[:, 1], allowed),
-            )
+            for trust, loss in (self._seen(), (recent[:, 0], recent[:, 1])):
+                lost = _losses(self._fitted, trust, loss)
+                if lost.mean() - _ERRORS * lost.std() / np.sqrt(len(lost)) > metadata.allowed_loss:
+                    new = np.maximum(new, tightened(self._fitted, trust, loss, metadata.budget))
+        self.alarmed = new is not self._fitted
         changed = not np.array_equal(thresholds, new)
         thresholds[:] = new
         return changed
@@ -241,13 +251,14 @@ def tightened(fitted: NDArray[Any], trust: NDArray[Any], loss: NDArray[Any], all
     for level in _LEVELS:
         raised = np.quantile(trust, level, axis=0) if level < 1 else np.full(len(fitted), NEVER)
         thresholds = np.maximum(fitted, raised) if level > 0 else fitted
-        if _mean_loss(thresholds, trust, loss) <= allowed:
+        if _losses(thresholds, trust, loss).mean() <= allowed:
             break
     return thresholds.astype(np.float32)
 
 
-def _mean_loss(thresholds: NDArray[Any], trust: NDArray[Any], loss: NDArray[Any]) -> float:
+def _losses(thresholds: NDArray[Any], trust: NDArray[Any], loss: NDArray[Any]) -> NDArray[np.float64]:
+    """Of each request, with these thresholds."""
     requests = np.arange(len(trust))
     trusted = trust >= thresholds
     first = trusted.argmax(axis=1)
-    return float(np.where(trusted.any(axis=1), loss[requests, first], 0.0).mean())
+    return np.where(trusted.any(axis=1), loss[requests, first], 0.0)

@@ -92,7 +92,9 @@ class Metadata:
     code writes two more channels, see ``whet.passes.dialect.settle``, and reads the weight ``exits.…``, which it is
     fine to change in a session's own memory: float32 ``(2, caches)``, the caches' layers and thresholds."""
     allowed_loss: float = 0.0
-    """Mean over all requests of ``whet.runtime.audit.expected_loss`` that audits let caches have."""
+    """Mean over all requests of ``whet.runtime.audit.expected_loss`` above which audits raise thresholds."""
+    budget: float = 0.0
+    """What they then bring it down to."""
     entry: str = "main"
     """Name of the function that runs the model."""
     workspace_per_tile: int = 0

@@ -428,6 +428,7 @@ def _metadata(
         max_tokens=max(MAX_TOKENS, limit),
         exits=(*(cache.layer for cache in frozen.caches), frozen.layers) if frozen else (),
         allowed_loss=frozen.allowed_loss if frozen else 0.0,
+        budget=frozen.budget if frozen else 0.0,
         weights=tuple(weights),
         notes=notes,
         **more,

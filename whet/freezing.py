@@ -166,7 +166,7 @@ def fit(
         right = np.array([answers.argmax(axis=1) == chosen_on.labels for answers, _ in found])
         plain = chosen_on.logits.argmax(axis=1) == chosen_on.labels
         identity = (model.name, digest_of(model.module), precision, layers)
-        save(Freeze(*identity, 0.0, tuple(caches), {}), Path(folder) / "all.freeze")
+        save(Freeze(*identity, 0.0, 0.0, tuple(caches), {}), Path(folder) / "all.freeze")
         quiet = _compiled(Path(folder) / "plain.so", source, precision, progress, **options)
         asked = _compiled(
             Path(folder) / "all.so", source, precision, progress, freeze=Path(folder) / "all.freeze", **options
@@ -199,7 +199,7 @@ def fit(
         ]
     )
     allowed = judge(np.array(choice.thresholds), trust, expected, costs).loss + budget
-    save(Freeze(*identity, allowed, tuple(kept), asdict(report)), output)
+    save(Freeze(*identity, allowed, budget, tuple(kept), asdict(report)), output)
     return report
 
 

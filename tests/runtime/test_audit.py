@@ -19,7 +19,7 @@ class Caches:
     def __init__(self, path=Path("m.so")):
         self.path = path
         self.thresholds = FITTED.copy()
-        self.metadata = SimpleNamespace(allowed_loss=0.05)
+        self.metadata = SimpleNamespace(allowed_loss=0.05, budget=0.005)
 
     def traced(self, ids, lengths, positions, types):
         wrong, trust = ids[0], ids[1] / 100
@@ -55,9 +55,10 @@ def test_wrong_caches_are_tightened_and_trusted_again_when_they_recover(tmp_path
     np.testing.assert_array_equal(engine.thresholds, FITTED)  # too few to say anything
     serve(watched, 0b11, 20)
     assert (engine.thresholds > FITTED).all()
-    assert watched.loss <= 0.05
+    assert watched.loss <= 0.005 and watched.alarmed
     serve(watched, 0, WINDOW)
     np.testing.assert_array_equal(engine.thresholds, FITTED)
+    assert not watched.alarmed
 
 
 def test_what_was_seen_survives(tmp_path):
@@ -112,12 +113,15 @@ def test_a_share_is_taken(tmp_path):
     watched.offer(np.zeros(4000, int), lengths, np.zeros(4000, int), None)
     taken = watched._queue.qsize() + watched.dropped
     assert 300 < taken < 500 and watched._queue.qsize() == 256
+    watched.alarmed, watched.share = True, 0.02
+    watched.offer(np.zeros(4000, int), lengths, np.zeros(4000, int), None)
+    assert 300 < watched._queue.qsize() + watched.dropped - taken < 500  # 10 times as many
 
 
 def test_new_errors_count_however_much_went_well_before(tmp_path):
     engine, watched = auditor(tmp_path)
     serve(watched, 0, WINDOW - LEAST)
-    serve(watched, 0b11, LEAST)
+    serve(watched, 0b11, 2 * LEAST)
     assert watched.loss < 0.02
     assert (engine.thresholds > FITTED).any()
 

@@ -188,9 +188,9 @@ class Engine:
             raise ValueError(self._too_long(f"request {np.argmax(lengths)} has {lengths.max()} tokens"))
         # Records are of requests whose positions count from 0.
         if self.memo is not None and np.array_equal(positions, positions_within(lengths)):
-            records = self.memo.find(ids, types, lengths)
-            if records is not None:
-                return self._run_with_memo(self.memo, ids, lengths, positions, types, records)
+            found = self.memo.find(ids, types, lengths)
+            if found is not None:
+                return self._run_with_memo(self.memo, ids, lengths, positions, types, found.records)
         return self.run_recorded(ids, lengths, positions, types)
 
     def _run_with_memo(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from numpy.typing import NDArray
 from whet.runtime.memo_file import MemoError, MemoFile, hash_of
 from whet.runtime.metadata import Metadata
 from whet.runtime.packing import starts
+
+KEPT = 0.75
+"""Share of a full file, in bytes and in records, that is kept."""
 
 LEVELS = ("strict", "default", "loose")
 """Names of how near is near enough, each with a distance of its own in the file."""
@@ -59,6 +63,87 @@ class Room:
     """Set to False, the record is not added."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a look-up found."""
+
+    records: NDArray[np.int64]
+    """Addresses ``(requests, 2)``: of the record that a request can use, 0 where there is none, and 0."""
+    file: MemoFile
+    """Where they are; its memory is there as long as this is."""
+
+
+class _Index:
+    """The records of one file by their tokens, and when they were last used."""
+
+    def __init__(self, file: MemoFile, max_length: int) -> None:
+        self.file = file
+        self.keys = Keys(file.vectors, max_length)
+        self._lock = threading.RLock()
+        self._known = 0
+        self._by_hash: dict[int, int] = {}
+        self._by_length: dict[int, list[int]] = {}
+        self._of_length: dict[int, tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]] = {}
+        self.used: dict[int, None] = {}
+        """Records that were of use, the latest last."""
+        self.take_in_new()
+
+    def nearest(self, tokens: NDArray[np.int32], within: float) -> tuple[int | None, float]:
+        """Record of the same tokens, or of the nearest ones; None where that is farther than ``within``."""
+        same = self._by_hash.get(hash_of(tokens))
+        if same is not None and np.array_equal(self.file.tokens(same), tokens):
+            return same, 0.0
+        length = tokens.shape[1]
+        if within <= 0 or length not in self._by_length:
+            return None, np.inf
+        indices, keys, norms = self._of_length.get(length) or self._gather(length)
+        index = int(indices[(norms - 2 * (keys @ self.keys.key(tokens[0]))).argmin()])
+        other = self.file.tokens(index)
+        if not np.array_equal(other[1], tokens[1]):
+            return None, np.inf
+        distance = self.keys.distance(tokens[0], other[0])
+        return (index if distance <= within else None), distance
+
+    def use(self, index: int) -> None:
+        """Note that a record is of use."""
+        self.used.pop(index, None)
+        self.used[index] = None
+
+    def worth_keeping(self) -> list[int]:
+        """The records that were used last, as many as a thinned file keeps; in the order in which they stand."""
+        d = self.file.description
+        space = KEPT * (d.size - d.first_record)
+        sizes = [d.record_size(int(n)) for n in self.file.entries["length"][: self.file.count]]
+        others = (i for i in reversed(range(len(sizes))) if i not in self.used)
+        latest = [*reversed(self.used), *others][: int(KEPT * d.capacity)]
+        fit = np.searchsorted(np.cumsum([sizes[i] for i in latest]), space, side="right")
+        return sorted(latest[: int(fit)])
+
+    def take_in_new(self) -> None:
+        """Learn of records that were added, if there are any."""
+        if self.file.count == self._known:
+            return
+        with self._lock:
+            count = self.file.count
+            entries = self.file.entries[self._known : count]
+            new = list(zip(entries["hash"].tolist(), entries["length"].tolist(), strict=True))
+            for i, (hashed, length) in enumerate(new, self._known):
+                self._by_hash[hashed] = i
+                self._by_length.setdefault(length, []).append(i)
+                self._of_length.pop(length, None)
+            self._known = count
+
+    def _gather(self, length: int) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """Collect the records of a length: their numbers, keys and squared norms of these."""
+        indices = np.array(self._by_length[length], np.int64)
+        first, last = int(indices[0]), int(indices[-1])
+        # Where they stand together, as building puts them, the keys are pages of the file.
+        together = last - first + 1 == len(indices)
+        keys = self.file.keys[first : last + 1] if together else self.file.keys[indices]
+        self._of_length[length] = indices, keys, np.einsum("nd,nd->n", keys, keys)
+        return self._of_length[length]
+
+
 class Memo:
     """Records of a memo file, for the module that made them."""
 
@@ -83,64 +168,101 @@ class Memo:
             raise ValueError(f"memo_level is {level!r}; expected one of {', '.join(LEVELS)}")
         if metadata.records is None:
             raise MemoError(f"{metadata.name} was compiled without the use of records; compile it with --memo")
-        self.file = MemoFile(path, writable=grow)
         self.grows = grow
         self.hits = self.misses = 0
+        self._metadata = metadata
+        self._lock = threading.RLock()
+        self._follows = True
+        self._index = self._open(MemoFile(path, writable=grow))
         description = self.file.description
-        if description.records != metadata.records:
-            raise MemoError(
-                f"{path} was built for another model, or another build of it ({description.name}); build one for this "
-                "module: whet memo build"
-            )
-        self.keys = Keys(self.file.vectors, metadata.max_length)
         self._nearest = description.levels[level]
         self._pays = np.zeros(metadata.max_length + 1, np.bool_)
         for first, last in description.pays[level]:
             self._pays[first : last + 1] = True
-        self._lock = threading.RLock()
-        self._known = 0
-        self._by_hash: dict[int, int] = {}
-        self._by_length: dict[int, list[int]] = {}
-        self._of_length: dict[int, tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]] = {}
-        self._take_in_new()
 
-    def find(
-        self, ids: NDArray[Any], types: NDArray[Any] | None, lengths: NDArray[np.int64]
-    ) -> NDArray[np.int64] | None:
-        """Addresses of the records that requests can use, 0 where there is none, ``(requests, 2)``; None if none can.
+    @property
+    def file(self) -> MemoFile:
+        """The file as it is mapped now."""
+        return self._index.file
 
-        The second column, of records to make, is 0.
-        """
+    def nearest(self, tokens: NDArray[np.int32], within: float) -> tuple[int | None, float]:
+        """Record of the same tokens, or of the nearest ones; None where that is farther than ``within``."""
+        return self._index.nearest(tokens, within)
+
+    def find(self, ids: NDArray[Any], types: NDArray[Any] | None, lengths: NDArray[np.int64]) -> Found | None:
+        """Records that requests can use; None if none can, unless records are to be added."""
         wanted = self._pays[lengths]
         if not wanted.any():
             return None
-        if self.file.count != self._known:
-            self._take_in_new()
+        index = self._current()
         first = starts(lengths)
         found = np.zeros((len(lengths), 2), np.int64)
         for i in np.flatnonzero(wanted):
-            index = self.nearest(self.tokens(ids, types, slice(first[i], first[i] + lengths[i])), self._nearest)[0]
-            if index is not None:
-                found[i, 0] = self.file.address(index)
+            record = index.nearest(self.tokens(ids, types, slice(first[i], first[i] + lengths[i])), self._nearest)[0]
+            if record is not None:
+                found[i, 0] = index.file.address(record)
+                if self.grows:
+                    index.use(record)
         hits = int(np.count_nonzero(found[:, 0]))
         self.hits += hits
         self.misses += int(wanted.sum()) - hits
-        return found if hits or self.grows else None
+        return Found(found, index.file) if hits or self.grows else None
 
     def wants(self, length: int) -> bool:
-        """Whether a record of so many tokens is of use and fits."""
-        return bool(self._pays[length]) and self.file.room(length) is not None
+        """Whether a record of so many tokens is of use and fits, at least once others have left."""
+        d = self.file.description
+        freed = (1 - KEPT) * (d.size - d.first_record)
+        return bool(self._pays[length]) and (d.record_size(length) <= freed or self.file.room(length) is not None)
 
     @contextmanager
     def adding(self, tokens: NDArray[np.int32]) -> Iterator[Room]:
-        """Give room where a record is to be written, and then add it."""
+        """Give room where a record is to be written, and then add it. In a full file, records leave for it."""
         with self._lock:
-            address = self.file.room(tokens.shape[1])
+            if self.file.room(tokens.shape[1]) is None:
+                self._evict()
+            index = self._index
+            address = index.file.room(tokens.shape[1])
             room = Room(address or 0)
             yield room
             if room.complete and address is not None:
-                self.file.add(tokens, self.keys.key(tokens[0]))
-                self._take_in_new()
+                index.file.add(tokens, index.keys.key(tokens[0]))
+                index.take_in_new()
+                index.use(index.file.count - 1)
+
+    def _evict(self) -> None:
+        """Keep the records that were used last; where the disk has no room to write them, nothing is added any more."""
+        keep = self._index.worth_keeping()
+        try:
+            index = self._open(self.file.thinned(keep))
+        except (MemoError, OSError) as error:
+            self.grows = False
+            warnings.warn(f"{self.file.path} is full, and no records can leave it: {error}", stacklevel=2)
+            return
+        new = {old: number for number, old in enumerate(keep)}
+        index.used = {new[old]: None for old in self._index.used if old in new}
+        self._index = index
+
+    def _current(self) -> _Index:
+        """Of the file that has the name now, with all its records."""
+        if not self.grows and self._follows and self.file.replaced:
+            with self._lock:
+                try:
+                    self._index = self._open(MemoFile(self.file.path))
+                except (MemoError, OSError) as error:
+                    self._follows = False
+                    warnings.warn(f"the memo file that was opened stays in use: {error}", stacklevel=2)
+        index = self._index
+        index.take_in_new()
+        return index
+
+    def _open(self, file: MemoFile) -> _Index:
+        description = file.description
+        if description.records != self._metadata.records:
+            raise MemoError(
+                f"{file.path} was built for another model, or another build of it ({description.name}); build one for "
+                "this module: whet memo build"
+            )
+        return _Index(file, self._metadata.max_length)
 
     @staticmethod
     def tokens(ids: NDArray[Any], types: NDArray[Any] | None, span: slice) -> NDArray[np.int32]:
@@ -150,41 +272,3 @@ class Memo:
         if types is not None:
             tokens[1] = types[span]
         return tokens
-
-    def nearest(self, tokens: NDArray[np.int32], within: float) -> tuple[int | None, float]:
-        """Record of the same tokens, or of the nearest ones; None where that is farther than ``within``."""
-        same = self._by_hash.get(hash_of(tokens))
-        if same is not None and np.array_equal(self.file.tokens(same), tokens):
-            return same, 0.0
-        length = tokens.shape[1]
-        if within <= 0 or length not in self._by_length:
-            return None, np.inf
-        indices, keys, norms = self._of_length.get(length) or self._gather(length)
-        index = int(indices[(norms - 2 * (keys @ self.keys.key(tokens[0]))).argmin()])
-        other = self.file.tokens(index)
-        if not np.array_equal(other[1], tokens[1]):
-            return None, np.inf
-        distance = self.keys.distance(tokens[0], other[0])
-        return (index if distance <= within else None), distance
-
-    def _take_in_new(self) -> None:
-        """Learn of records that were added."""
-        with self._lock:
-            count = self.file.count
-            entries = self.file.entries[self._known : count]
-            new = list(zip(entries["hash"].tolist(), entries["length"].tolist(), strict=True))
-            for i, (hashed, length) in enumerate(new, self._known):
-                self._by_hash[hashed] = i
-                self._by_length.setdefault(length, []).append(i)
-                self._of_length.pop(length, None)
-            self._known = count
-
-    def _gather(self, length: int) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-        """Collect the records of a length: their numbers, keys and squared norms of these."""
-        indices = np.array(self._by_length[length], np.int64)
-        first, last = int(indices[0]), int(indices[-1])
-        # Where they stand together, as building puts them, the keys are pages of the file.
-        together = last - first + 1 == len(indices)
-        keys = self.file.keys[first : last + 1] if together else self.file.keys[indices]
-        self._of_length[length] = indices, keys, np.einsum("nd,nd->n", keys, keys)
-        return self._of_length[length]

@@ -24,6 +24,7 @@ import mmap
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -104,6 +105,7 @@ class MemoFile:
         """
         self.path = Path(path)
         with self.path.open("r+b" if writable else "rb") as file:
+            self._file = _identity(os.fstat(file.fileno()))
             self._lock = _lock(file.fileno(), self.path) if writable else None
             if os.fstat(file.fileno()).st_size < 4 * _PAGE:
                 raise MemoError(f"{path} is no memo file, or cut off; make one: whet memo build")
@@ -119,6 +121,14 @@ class MemoFile:
     def count(self) -> int:
         """Records there are; grows while some process adds to the file."""
         return int(struct.unpack_from("<Q", self._pages, _COUNT)[0])
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another file has the name by now: see ``thinned``."""
+        try:
+            return _identity(self.path.stat()) != self._file
+        except FileNotFoundError:
+            return False
 
     def address(self, index: int) -> int:
         """Where a record's attention is in memory."""
@@ -139,13 +149,50 @@ class MemoFile:
     def add(self, tokens: NDArray[np.int32], key: NDArray[np.float32]) -> None:
         """Count the record that was written into the ``room``: its tokens, ``(2, length)``, and its key."""
         length = tokens.shape[1]
-        offset, index = self._end(), self.count
+        offset = self._end()
         attention = self.description.records.size(length)
         self._pages[offset + attention : offset + attention + tokens.nbytes] = np.ascontiguousarray(tokens).tobytes()
         with memoryview(self._pages) as view:
             checksum = zlib.crc32(view[offset : offset + attention + tokens.nbytes])
+        self._count_one((hash_of(tokens), offset, length, checksum, 0), key)
+
+    def thinned(self, keep: Sequence[int]) -> MemoFile:
+        """Put a file of these records alone, in this order, in place of this one, and map it; this one adds no more.
+
+        The new file gets the name when it is complete, so a process that is killed leaves the old one. Who has the old
+        one mapped can go on reading it, and sees by ``replaced`` that there is another. Raises OSError where the disk
+        has no room for both, MemoError where the name is another file's.
+        """
+        assert self._lock is not None
+        if self.replaced:
+            raise MemoError(f"{self.path} is another file by now")
+        path = self.path.with_name(f".{self.path.name}.thinned")
+        try:
+            create(path, self.description, self.vectors)
+            size = sum(self.description.record_size(int(n)) for n in self.entries["length"][list(keep)])
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, self.description.first_record + size)
+            new = MemoFile(path, writable=True)
+            for i in keep:
+                hashed, start, length, checksum, _ = self.entries[i].tolist()
+                offset, size = new._end(), new.description.record_size(length)
+                new._pages[offset : offset + size] = self._pages[start : start + size]
+                new._count_one((hashed, offset, length, checksum, 0), self.keys[i])
+            new.flush()
+            path.replace(self.path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        new.path = self.path
+        os.close(self._lock)
+        self._lock = None
+        return new
+
+    def _count_one(self, fields: tuple[int, ...], key: NDArray[np.float32]) -> None:
+        """Count one more record, which is written already."""
+        index = self.count
         self.keys[index] = key
-        entry = np.array([(hash_of(tokens), offset, length, checksum, 0)], ENTRY)
+        entry = np.array([fields], ENTRY)
         entry["check"] = _checks(entry)
         self.entries[index] = entry[0]
         struct.pack_into("<Q", self._pages, _COUNT, index + 1)
@@ -244,6 +291,11 @@ def _checks(entries: NDArray[Any]) -> NDArray[np.uint64]:
         mixed = (mixed ^ entries[name].astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
         mixed ^= mixed >> np.uint64(31)
     return mixed
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    """Of a file, whatever its name."""
+    return status.st_dev, status.st_ino
 
 
 def _lock(descriptor: int, path: Path) -> int:

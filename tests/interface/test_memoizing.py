@@ -40,10 +40,14 @@ def memo(built, tmp_path):
     """A file whose levels look up at all lengths, whatever this machine's times were: strict finds the same only."""
     path = tmp_path / "a.memo"
     path.write_bytes(built[0].read_bytes())
-    description = MemoFile(path).description
-    everywhere = {level: [[1, 1000]] for level in LEVELS}
-    describe(path, replace(description, levels={"strict": 0.0, "default": 0.0, "loose": 1e9}, pays=everywhere))
+    look_up_everywhere(path)
     return path
+
+
+def look_up_everywhere(path):
+    everywhere = {level: [[1, 1000]] for level in LEVELS}
+    levels = {"strict": 0.0, "default": 0.0, "loose": 1e9}
+    describe(path, replace(MemoFile(path).description, levels=levels, pays=everywhere))
 
 
 def test_report(built, texts):
@@ -110,6 +114,32 @@ def test_a_file_grows_while_it_serves(module, memo, texts):
         before = other.memo.misses
         np.testing.assert_array_equal(other.logits(texts), wanted)
         assert other.memo.misses == before
+
+
+def test_a_full_file_lets_go_of_what_was_not_used(module, texts, tmp_path):
+    path, plain = tmp_path / "small.memo", whet.load(module, threads=1)
+    for name, memory in (("large.memo", 1 << 20), ("built.memo", 0)):
+        memory = memory or MemoFile(tmp_path / "large.memo").description.first_record + 100_000
+        report = build(module, tmp_path / name, texts[:30], texts, memory=memory)
+    assert report.count == 30
+    path.write_bytes((tmp_path / "built.memo").read_bytes())  # what this process has built it has locked
+    look_up_everywhere(path)
+    grown = whet.load(module, threads=1, memo=path, memo_level="strict", memo_grow=True)
+    reader = whet.load(module, threads=1, memo=path, memo_level="strict")
+    popular = texts[:3]
+    wanted = dict(zip(texts, plain.logits(texts), strict=True))
+    before = grown.memo.file
+    for text in texts[30:]:
+        for session in (grown, reader):
+            found = session.logits([*popular, text])
+            np.testing.assert_array_equal(found, [wanted[t] for t in (*popular, text)])
+    assert grown.memo.file is not before and reader.memo.file.count == grown.memo.file.count < len(texts)
+    grown.memo.file.verify()
+    for session in (grown, reader):
+        hits = session.memo.hits
+        session.logits([*popular, texts[-1]])
+        assert session.memo.hits == hits + 4
+    assert not grown.memo.file.replaced and not reader.memo.file.replaced
 
 
 def test_another_module_s_file_is_refused(module, memo, references, tmp_path):

@@ -43,12 +43,16 @@ def path(tmp_path):
 LENGTHS = [5, 16, 33, 1]
 
 
-@pytest.fixture
-def filled(path):
+def fill(path):
     file = MemoFile(path, writable=True)
     for i, length in enumerate(LENGTHS):
         add(file, i, length)
-    del file
+    return file
+
+
+@pytest.fixture
+def filled(path):
+    fill(path)
     return path
 
 
@@ -86,6 +90,55 @@ def test_readers_see_what_another_adds(path):
     np.testing.assert_array_equal(view(reader.address(0), RECORDS.size(20)), attention(7, 20))
     with pytest.raises(MemoError, match="another process adds"):
         MemoFile(path, writable=True)
+
+
+def test_a_thinned_file_takes_the_place_of_the_other(path):
+    writer, reader = fill(path), MemoFile(path)
+    thin = writer.thinned([0, 2])
+    assert reader.replaced and not thin.replaced
+    for file in (thin, MemoFile(path)):
+        assert (file.count, file.description) == (2, DESCRIPTION)
+        file.verify()
+        for new, old in enumerate((0, 2)):
+            np.testing.assert_array_equal(file.tokens(new), tokens(old, LENGTHS[old]))
+            found = view(file.address(new), RECORDS.size(LENGTHS[old]))
+            np.testing.assert_array_equal(found, attention(old, LENGTHS[old]))
+            assert (file.keys[new] == old).all()
+    np.testing.assert_array_equal(reader.tokens(3), tokens(3, LENGTHS[3]))  # who had it open reads on
+    reader.verify()
+    with pytest.raises(MemoError, match="another process adds"):
+        MemoFile(path, writable=True)
+    add(thin, 9, 20)
+    MemoFile(path).verify()
+
+
+def test_a_file_that_was_built_again_is_not_thinned(path):
+    file = fill(path)
+    path.unlink()
+    create(path, DESCRIPTION, np.zeros((50, 8), np.float32))
+    with pytest.raises(MemoError, match="another file by now"):
+        file.thinned([0])
+    assert MemoFile(path).count == 0
+
+
+KILLED_THINNING = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from test_memo_file import MemoFile, fill
+file = fill(sys.argv[1])
+MemoFile.flush = lambda file: os.kill(os.getpid(), 9)
+file.thinned([1, 3])
+"""
+
+
+def test_a_kill_while_records_leave_leaves_the_file(path):
+    killed = subprocess.run([sys.executable, "-c", KILLED_THINNING, path, Path(__file__).parent], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    file = MemoFile(path, writable=True)
+    assert file.count == len(LENGTHS)
+    file.verify()
+    assert file.thinned([1, 3]).count == 2  # what was left lying is no obstacle
+    assert list(path.parent.iterdir()) == [path]
 
 
 KILLED = """

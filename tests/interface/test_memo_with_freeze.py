@@ -39,7 +39,7 @@ def modules(references, tmp_path_factory):
     arrays = linear(*(rng.normal(0, spread, shape).astype("float32") for spread, shape in numbers))
     caches = tuple(Cache(layer, "classifier", arrays, threshold) for layer, threshold in ((0, 0.6), (1, 0.5)))
     digest = digest_of(import_model(model).module)
-    save(Freeze("bert-sequence", digest, "int8", LAYERS, 0.1, caches, {}), folder / "a.freeze")
+    save(Freeze("bert-sequence", digest, "int8", LAYERS, 0.1, 0.005, caches, {}), folder / "a.freeze")
     compile_ = ["compile", str(model), "--isa", "avx2", "--memo", "-o"]
     assert cli.main([*compile_, str(folder / "both.so"), "--freeze", str(folder / "a.freeze")]) == 0
     assert cli.main([*compile_, str(folder / "memo.so")]) == 0

@@ -79,6 +79,7 @@ class _Index:
     def __init__(self, file: MemoFile, max_length: int) -> None:
         self.file = file
         self.keys = Keys(file.vectors, max_length)
+        self.max_length = max_length
         self._lock = threading.RLock()
         self._known = 0
         self._by_hash: dict[int, int] = {}
@@ -106,18 +107,24 @@ class _Index:
 
     def use(self, index: int) -> None:
         """Note that a record is of use."""
-        self.used.pop(index, None)
-        self.used[index] = None
+        with self._lock:
+            self.used.pop(index, None)
+            self.used[index] = None
 
-    def worth_keeping(self) -> list[int]:
-        """The records that were used last, as many as a thinned file keeps; in the order in which they stand."""
+    def thinned(self) -> _Index:
+        """Put a file of the records that were of use last in place of this one. Raises as ``MemoFile.thinned``."""
         d = self.file.description
-        space = KEPT * (d.size - d.first_record)
         sizes = [d.record_size(int(n)) for n in self.file.entries["length"][: self.file.count]]
-        others = (i for i in reversed(range(len(sizes))) if i not in self.used)
-        latest = [*reversed(self.used), *others][: int(KEPT * d.capacity)]
-        fit = np.searchsorted(np.cumsum([sizes[i] for i in latest]), space, side="right")
-        return sorted(latest[: int(fit)])
+        with self._lock:
+            used = list(self.used)
+        others = sorted(set(range(len(sizes))) - set(used))
+        latest = [*others, *used][::-1][: int(KEPT * d.capacity)]
+        fit = np.searchsorted(np.cumsum([sizes[i] for i in latest]), KEPT * (d.size - d.first_record), side="right")
+        keep = sorted(latest[: int(fit)])
+        index = _Index(self.file.thinned(keep), self.max_length)
+        new = {old: number for number, old in enumerate(keep)}
+        index.used = {new[old]: None for old in used if old in new}
+        return index
 
     def take_in_new(self) -> None:
         """Learn of records that were added, if there are any."""
@@ -170,11 +177,16 @@ class Memo:
             raise MemoError(f"{metadata.name} was compiled without the use of records; compile it with --memo")
         self.grows = grow
         self.hits = self.misses = 0
-        self._metadata = metadata
         self._lock = threading.RLock()
         self._follows = True
-        self._index = self._open(MemoFile(path, writable=grow))
-        description = self.file.description
+        file = MemoFile(path, writable=grow)
+        description = file.description
+        if description.records != metadata.records:
+            raise MemoError(
+                f"{path} was built for another model, or another build of it ({description.name}); build one for this "
+                "module: whet memo build"
+            )
+        self._index = _Index(file, metadata.max_length)
         self._nearest = description.levels[level]
         self._pays = np.zeros(metadata.max_length + 1, np.bool_)
         for first, last in description.pays[level]:
@@ -231,38 +243,32 @@ class Memo:
 
     def _evict(self) -> None:
         """Keep the records that were used last; where the disk has no room to write them, nothing is added any more."""
-        keep = self._index.worth_keeping()
         try:
-            index = self._open(self.file.thinned(keep))
+            self._index = self._index.thinned()
         except (MemoError, OSError) as error:
             self.grows = False
             warnings.warn(f"{self.file.path} is full, and no records can leave it: {error}", stacklevel=2)
-            return
-        new = {old: number for number, old in enumerate(keep)}
-        index.used = {new[old]: None for old in self._index.used if old in new}
-        self._index = index
 
     def _current(self) -> _Index:
         """Of the file that has the name now, with all its records."""
         if not self.grows and self._follows and self.file.replaced:
             with self._lock:
-                try:
-                    self._index = self._open(MemoFile(self.file.path))
-                except (MemoError, OSError) as error:
-                    self._follows = False
-                    warnings.warn(f"the memo file that was opened stays in use: {error}", stacklevel=2)
+                if self.file.replaced:
+                    self._follow()
         index = self._index
         index.take_in_new()
         return index
 
-    def _open(self, file: MemoFile) -> _Index:
-        description = file.description
-        if description.records != self._metadata.records:
-            raise MemoError(
-                f"{file.path} was built for another model, or another build of it ({description.name}); build one for "
-                "this module: whet memo build"
-            )
-        return _Index(file, self._metadata.max_length)
+    def _follow(self) -> None:
+        """Use the file that took the place of the one that was opened, unless it is another one altogether."""
+        try:
+            file = MemoFile(self.file.path)
+            if file.description != self.file.description:
+                raise MemoError(f"{file.path} was built anew; load the module again to use that")
+            self._index = _Index(file, self._index.max_length)
+        except (MemoError, OSError) as error:
+            self._follows = False
+            warnings.warn(f"the memo file that was opened stays in use: {error}", stacklevel=2)
 
     @staticmethod
     def tokens(ids: NDArray[Any], types: NDArray[Any] | None, span: slice) -> NDArray[np.int32]:

@@ -127,7 +127,7 @@ class MemoFile:
         """Whether another file has the name by now: see ``thinned``."""
         try:
             return _identity(self.path.stat()) != self._file
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def address(self, index: int) -> int:

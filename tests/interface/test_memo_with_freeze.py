@@ -1,11 +1,10 @@
 """A module with caches that uses records: what is built, what grows, and that the command line makes it."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from memo_files import look_up_everywhere, make_texts
 
 import whet
 from whet import cli
@@ -15,18 +14,14 @@ from whet.caching.learn import linear
 from whet.compiler import import_model
 from whet.memoizing import build
 from whet.passes.graph import digest_of
-from whet.runtime.memo import LEVELS
-from whet.runtime.memo_file import MemoFile, describe
+from whet.runtime.memo_file import MemoFile
 
 LAYERS, CHANNELS, LABELS = 2, 32, 3
 
 
 @pytest.fixture(scope="module")
 def texts(references):
-    vocabulary = Tokenizer.from_file(str(references / "bert-sequence" / "tokenizer.json")).get_vocab()
-    words = sorted(w for w in vocabulary if w.isalpha())
-    rng = np.random.default_rng(0)
-    return list(dict.fromkeys(" ".join(rng.choice(words, n)) for n in rng.integers(2, 20, 400)))[:300]
+    return make_texts(references)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +46,7 @@ def memo(modules, texts, tmp_path_factory):
     """A file that was built by the module with caches; all lengths look up, strict finds the same only."""
     path = tmp_path_factory.mktemp("memo") / "a.memo"
     build(modules[0], path, texts[:180], texts[180:], memory=32 << 20)
-    everywhere = {level: [[1, 1000]] for level in LEVELS}
-    levels = {"strict": 0.0, "default": 0.0, "loose": 1e9}
-    describe(path, replace(MemoFile(path).description, levels=levels, pays=everywhere))
+    look_up_everywhere(path)
     return path
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from memo_files import look_up_everywhere, make_texts
 
 import whet
 from whet import MemoError, cli
@@ -16,10 +16,7 @@ from whet.runtime.memo_file import MemoFile, describe
 
 @pytest.fixture(scope="module")
 def texts(references):
-    vocabulary = Tokenizer.from_file(str(references / "bert-sequence" / "tokenizer.json")).get_vocab()
-    words = sorted(w for w in vocabulary if w.isalpha())
-    rng = np.random.default_rng(0)
-    return list(dict.fromkeys(" ".join(rng.choice(words, n)) for n in rng.integers(2, 20, 400)))[:300]
+    return make_texts(references)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +39,6 @@ def memo(built, tmp_path):
     path.write_bytes(built[0].read_bytes())
     look_up_everywhere(path)
     return path
-
-
-def look_up_everywhere(path):
-    everywhere = {level: [[1, 1000]] for level in LEVELS}
-    levels = {"strict": 0.0, "default": 0.0, "loose": 1e9}
-    describe(path, replace(MemoFile(path).description, levels=levels, pays=everywhere))
 
 
 def test_report(built, texts):
@@ -140,6 +131,18 @@ def test_a_full_file_lets_go_of_what_was_not_used(module, texts, tmp_path):
         session.logits([*popular, texts[-1]])
         assert session.memo.hits == hits + 4
     assert not grown.memo.file.replaced and not reader.memo.file.replaced
+
+
+def test_a_file_that_was_built_anew_is_not_taken_for_the_old_one(memo, module, texts):
+    session = whet.load(module, threads=1, memo=memo, memo_level="strict")
+    anew = memo.with_name("b.memo")
+    anew.write_bytes(memo.read_bytes())
+    describe(anew, replace(MemoFile(anew).description, levels={"strict": 1e9, "default": 1e9, "loose": 1e9}))
+    anew.replace(memo)
+    with pytest.warns(UserWarning, match=r"stays in use: .* was built anew; load the module again"):
+        session.logits(texts)
+    assert session.memo.hits == 180
+    session.logits(texts)  # it is said once
 
 
 def test_another_module_s_file_is_refused(module, memo, references, tmp_path):

@@ -1,4 +1,4 @@
-"""The data of ``compression.py``: training, development and test files made of published data sets.
+"""The data of ``compression.py`` and ``memo_size.py``: files made of published data sets.
 
     python benchmarks/compression_data.py DATA OUT
 
@@ -31,6 +31,7 @@ def main() -> None:
     data, out = map(Path, sys.argv[1:])
     out.mkdir(parents=True, exist_ok=True)
     embedding_texts(data, out)
+    write_texts(out / "questions.txt", set(quora(data / "qqp/pairs.json.tar.gz")) - {""})
     clinc150(data / "clinc150/data_full.json", out)
     banking77(data / "banking77", out)
     squad(data, out)
@@ -41,10 +42,16 @@ def embedding_texts(data: Path, out: Path) -> None:
     scored = {text for name in ("dev", "test") for text in stsb(data / f"stsb/sts-{name}.csv")}
     sources = (wikitext(data / "wikitext2/train.raw.gz"), quora(data / "qqp/pairs.json.tar.gz"))
     more = (mrpc(data / "mrpc/msr_paraphrase_train.txt"), stsb(data / "stsb/sts-train.csv"))
-    texts = sorted({text for source in (*sources, *more) for text in source if text and "\n" not in text} - scored)
+    found = {text for source in (*sources, *more) for text in source if text and "\n" not in text}
+    write_texts(out / "texts.txt", found - scored)
+
+
+def write_texts(path: Path, found: set[str]) -> None:
+    """A text per line, shuffled."""
+    texts = sorted(found)
     random.Random(SEED).shuffle(texts)
-    (out / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    print(f"texts.txt: {len(texts)} texts")
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    print(f"{path.name}: {len(texts)} texts")
 
 
 def wikitext(path: Path) -> Iterator[str]:

@@ -1,10 +1,14 @@
 """How a memo file's hits, and what they save, grow with the number of its records: a table and a picture.
 
-    python benchmarks/memo_size.py NAME model.memo texts.txt TOKENIZER    # writes results/NAME.md and .svg
+    python benchmarks/compression_data.py DATA OUT                                   # OUT/questions.txt
+    sed -n 3001,11000p OUT/questions.txt > corpus.txt; tail -n 2000 OUT/questions.txt > held-out.txt
+    whet compile MODEL -o m.so --memo
+    whet memo build m.so --corpus corpus.txt --held-out held-out.txt --memory 2GiB -o m.memo
+    python benchmarks/memo_size.py NAME m.so m.memo OUT/questions.txt                # writes results/NAME.md and .svg
 
-``model.memo`` gives the distances of the levels, and of each length what a request and a hit take; ``texts.txt`` has a
-request per line, in random order: the first ``QUERIES`` are asked, the others are the records. A record's attention is
-not made: hits follow from the tokens alone. A look-up's time is the CPU time of one thread. Needs matplotlib.
+``m.memo`` gives the distances of the levels, and of each length what a request and a hit take; the texts are in random
+order: the first ``QUERIES`` are asked, the others are the records. A record's attention is not made: hits follow from
+the tokens alone. A look-up's time is the CPU time of one thread; pin the process to a core. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -12,18 +16,21 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from report import table
-from tokenizers import Tokenizer
 
+import whet
 from whet.memoizing import Bucket, inspect
-from whet.runtime.memo import LEVELS, Keys
-from whet.runtime.memo_file import MemoFile
+from whet.runtime.memo import LEVELS, Keys, Memo
+from whet.runtime.memo_file import MemoFile, create
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = (1000, 3000, 10_000, 30_000, 100_000)
@@ -32,16 +39,14 @@ QUERIES = 3000
 
 def main() -> None:
     """Read, count, write, draw."""
-    name, memo, texts, tokenizer_file = sys.argv[1:]
-    file = MemoFile(memo)
-    tokenizer = Tokenizer.from_file(tokenizer_file)
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(128)
+    name, module, memo, texts = sys.argv[1:]
+    session, report = whet.load(module, threads=1), inspect(memo)
     lines = Path(texts).read_text(encoding="utf-8").splitlines()[: QUERIES + SIZES[-1]]
-    requests = [np.array(e.ids, np.int32) for e in tokenizer.encode_batch(lines)]
-    keys = Keys(file.vectors, 128)
-    report = inspect(memo)
-    rows = [measure(keys, requests[:QUERIES], requests[QUERIES : QUERIES + n], file, report.buckets) for n in SIZES]
+    requests = session.requests(lines)
+    rows = []
+    for n in SIZES:
+        with records(MemoFile(memo), requests[QUERIES : QUERIES + n]) as path:
+            rows.append(measure(Memo(path, session.metadata), requests[:QUERIES], report.buckets))
     head = ["records", "MB", *(f"hit, {level}" for level in LEVELS), "µs of a look-up", "µs saved per request, default"]
     body = [
         [
@@ -56,7 +61,7 @@ def main() -> None:
     lost = ", ".join(f"{report.loss[level]:.2f} at {level}" for level in LEVELS)
     parts = [
         "# Records of a memo file against hits and saving",
-        f"`python benchmarks/memo_size.py {name} {Path(memo).name} {Path(texts).name} tokenizer.json`; {report.name}, "
+        f"`python benchmarks/memo_size.py {name} {Path(module).name} {Path(memo).name} {Path(texts).name}`, "
         f"{QUERIES} requests. Points lost by the requests held out when the file was built, of {report.count} records: "
         f"{lost}.",
         table(head, body),
@@ -66,40 +71,45 @@ def main() -> None:
     draw(rows, RESULTS / f"{name}.svg")
 
 
-def measure(
-    keys: Keys,
-    asked: list[NDArray[np.int32]],
-    records: list[NDArray[np.int32]],
-    file: MemoFile,
-    buckets: tuple[Bucket, ...],
-) -> dict[str, float]:
+@contextmanager
+def records(like: MemoFile, requests: Sequence[NDArray[np.int32]]) -> Iterator[Path]:
+    """Make a memo file of requests, with nothing for attention, that looks up at all lengths."""
+    keys = Keys(like.vectors, max(tokens.shape[1] for tokens in requests))
+    description = replace(like.description, capacity=len(requests), pays={level: [[1, 1 << 16]] for level in LEVELS})
+    needed = sum(description.record_size(tokens.shape[1]) for tokens in requests)
+    description = replace(description, size=description.first_record + needed)
+    with TemporaryDirectory(prefix="whet-memo-size-") as folder:
+        path = Path(folder) / "a.memo"
+        create(path, description, like.vectors)
+        file = MemoFile(path, writable=True)
+        for tokens in requests:
+            file.add(tokens, keys.key(tokens[0]))
+        yield path
+
+
+def measure(memo: Memo, asked: Sequence[NDArray[np.int32]], buckets: Sequence[Bucket]) -> dict[str, float]:
     """Shares of hits by level, bytes, mean microseconds of a look-up, and those saved per request."""
-    of_length: dict[int, list[NDArray[np.int32]]] = defaultdict(list)
-    for ids in records:
-        of_length[len(ids)].append(ids)
-    index: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-    for length, group in of_length.items():
-        matrix = np.stack([keys.key(ids) for ids in group])
-        index[length] = matrix, np.einsum("nd,nd->n", matrix, matrix)
-    levels = file.description.levels
+    description = memo.file.description
     hits = dict.fromkeys(LEVELS, 0)
     seconds, saved = [], 0.0
-    for ids in asked:
+    for tokens in asked:
+        distance = memo.nearest(tokens, np.inf)[1]
+        length = tokens.shape[1]
         start = time.thread_time()
-        distance = np.inf
-        if len(ids) in index:
-            matrix, norms = index[len(ids)]
-            distance = keys.distance(ids, of_length[len(ids)][int((norms - 2 * (matrix @ keys.key(ids))).argmin())])
+        memo.find(tokens[0], tokens[1], np.array([length]))
         seconds.append(time.thread_time() - start)
         for level in LEVELS:
-            hits[level] += distance <= levels[level]
-        if distance <= levels["default"]:
-            bucket = next((b for b in buckets if b.lengths[0] <= len(ids) <= b.lengths[1]), buckets[-1])
+            hits[level] += distance <= description.levels[level]
+        if distance <= description.levels["default"]:
+            bucket = next((b for b in buckets if b.lengths[0] <= length <= b.lengths[1]), buckets[-1])
             saved += bucket.plain - bucket.hit
     look_up = float(np.mean(seconds)) * 1e6
-    made: dict[str, float] = {level: hits[level] / len(asked) for level in LEVELS}
-    size = float(sum(file.description.record_size(len(ids)) for ids in records))
-    return {**made, "bytes": size, "look_up": look_up, "saved": saved / len(asked) - look_up}
+    return {
+        **{level: hits[level] / len(asked) for level in LEVELS},
+        "bytes": float(description.size - description.first_record),
+        "look_up": look_up,
+        "saved": saved / len(asked) - look_up,
+    }
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:

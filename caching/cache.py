@@ -10,8 +10,10 @@ A cache is a handful of arrays, whatever its kind, so that one kernel looks requ
 ``row_bias``  float32 ``(rows,)``
 ============  =========================  ======================================================================
 
-Caches of clusters have three more: ``answers`` int8 ``(rows, outputs)``, ``answer_scale`` float32 ``(rows,)`` and
-``inverse_reach`` float32 ``(rows,)``.
+and three more. Scores above 0 are the hidden units h of a perceptron, which answers
+``outputs · h · output_scale + output_bias`` with int8 ``(outputs, rows)`` and two float32 ``(outputs,)``. Caches of
+clusters have ``answers`` int8 ``(rows, outputs)``, ``answer_scale`` float32 ``(rows,)`` and ``inverse_reach`` float32
+``(rows,)``.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float32]
-Kind: TypeAlias = Literal["classifier", "clusters"]
+Kind: TypeAlias = Literal["perceptron", "clusters"]
 
 _LINEAR = ("scale", "shift", "rows", "row_scale", "row_bias")
 ARRAYS: Mapping[str, tuple[str, ...]] = {
-    "classifier": _LINEAR,
+    "perceptron": (*_LINEAR, "outputs", "output_scale", "output_bias"),
     "clusters": (*_LINEAR, "answers", "answer_scale", "inverse_reach"),
 }
 """The arrays of each kind, in the order in which ``look_up`` and the kernel take them."""
@@ -55,8 +57,11 @@ class Cache:
         shapes = [(channels,), (channels,), (rows, channels), (rows,), (rows,)]
         if self.kind == "clusters":
             shapes += [(rows, *self.arrays[5].shape[1:2]), (rows,), (rows,)]
+        else:
+            outputs = self.arrays[7].shape[0]
+            shapes += [(outputs, rows), (outputs,), (outputs,)]
         for name, array, shape in zip(names, self.arrays, shapes, strict=True):
-            dtype = "int8" if name in ("rows", "answers") else "float32"
+            dtype = "int8" if name in ("rows", "outputs", "answers") else "float32"
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name} of a cache is {array.dtype} {array.shape}; expected {dtype} {shape}")
 
@@ -68,7 +73,7 @@ class Cache:
     @property
     def outputs(self) -> int:
         """Of the model."""
-        return int(self.arrays[2].shape[0] if self.kind == "classifier" else self.arrays[5].shape[1])
+        return int(self.arrays[5].shape[0 if self.kind == "perceptron" else 1])
 
     @property
     def size(self) -> int:
@@ -80,21 +85,27 @@ def look_up(means: Floats, *arrays: NDArray[Any], kind: str) -> tuple[Floats, Fl
     """Look requests up, of which ``means`` ``(requests, channels)`` are the mean hidden states.
 
     Returns:
-        float32 answers ``(requests, outputs)`` and trust ``(requests,)``. A classifier's answers are its scores, as
-        logits, and the trust is their largest softmax probability. Clusters answer with the row of ``answers`` of the
+        float32 answers ``(requests, outputs)`` and trust ``(requests,)``. A perceptron's answers are logits, and the
+        trust is their largest softmax probability. Clusters answer with the row of ``answers`` of the
         nearest centroid c; a score there is ``z · c − |c|² / 2``, and the trust ``1 − |z − c|² · inverse_reach``, so
         that 0 is as far as the cluster reaches.
 
     """
-    scale, shift, rows, row_scale, row_bias, *table = arrays
+    scale, shift, rows, row_scale, row_bias, *more = arrays
     z = means * scale + shift
-    scores = (z @ rows.T.astype(np.float32)) * row_scale + row_bias
-    if kind == "classifier":
-        return scores, 1 / np.exp(scores - scores.max(axis=1, keepdims=True)).sum(axis=1)
-    answers, answer_scale, inverse_reach = table
+    scores = _scores(z, rows, row_scale, row_bias)
+    if kind == "perceptron":
+        logits = _scores(np.maximum(scores, 0), *more)
+        return logits, 1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+    answers, answer_scale, inverse_reach = more
     nearest = scores.argmax(axis=1)
     square = np.maximum(np.square(z).sum(axis=1) - 2 * scores.max(axis=1), 0)
     return answers[nearest] * answer_scale[nearest, None], 1 - square * inverse_reach[nearest]
+
+
+def _scores(z: Floats, rows: NDArray[np.int8], scale: Floats, bias: Floats) -> Floats:
+    scores: Floats = (z @ rows.T.astype(np.float32)) * scale + bias
+    return scores
 
 
 def to_int8(weight: Floats) -> tuple[NDArray[np.int8], Floats]:

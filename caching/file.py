@@ -18,7 +18,7 @@ import numpy as np
 
 from whet.caching.cache import ARRAYS, Cache
 
-FORMAT = 3
+FORMAT = 4
 _KIND = "whet freeze"
 
 

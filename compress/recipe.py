@@ -56,7 +56,7 @@ class Pruning:
     """How often blocks are chosen; sparsity grows with every time."""
     end: float = 0.5
     """Share of the training after which sparsity no longer grows."""
-    calibration: int = 2048
+    calibration: int = 8192
     """Texts whose moments ``reconstruct`` uses."""
     damping: float = 0.01
     shares: dict[str, float] = field(default_factory=dict)

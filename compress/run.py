@@ -150,9 +150,10 @@ def sensitivity_of(
         encoder = load_encoder(recipe.model, recipe.task, all_labels(training))
         encoder.model.to(device())
         _, calibration = _features(recipe, encoder, training)
-    block = Block.parse(recipe.pruning.block)
+    pruning = recipe.pruning
+    block = Block.parse(pruning.block)
     with progress.phase("measure what layers lose", len(encoder.dense)) as advance:
-        curves = measure_sensitivity(encoder, calibration, block, grid, recipe.pruning.damping, advance)
+        curves = measure_sensitivity(encoder, calibration, block, grid, pruning.sparsity, pruning.damping, advance)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in encoder.dense.items()}
     return curves, {name: shapes[name] for name in curves}
 

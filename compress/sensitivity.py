@@ -18,11 +18,9 @@ from .models import Encoder
 from .post_training import Advance, first_call, moments_of, targets_of
 from .reconstruct import reconstruct
 
-PROBED = 0.6
-"""Sparsity at which a layer's effect on the model is measured."""
 DEEPEST = 0.95
-PROBES = 4
-"""Batches that the effect is measured on."""
+HELD_OUT = 8
+"""One batch in so many is not reconstructed from: a layer's effect is measured there, where it is not flattered."""
 Curve = Mapping[float, float]
 """Squared error of the model's states, in variances, by the layer's sparsity."""
 
@@ -32,17 +30,22 @@ def measure_sensitivity(
     batches: Sequence[Batch],
     block: Block,
     grid: Sequence[float],
+    probed: float,
     damping: float,
     advance: Advance = lambda done: None,
 ) -> dict[str, Curve]:
     """Curves of every dense layer that whole blocks cover, at the sparsities of ``grid`` up to ``DEEPEST``.
 
-    ``batches`` are calibration texts. The encoder is left as it was.
+    ``batches`` are calibration texts. A layer's effect on the model is measured at the sparsity ``probed``. The encoder
+    is left as it was. Raises ValueError for a single batch: some are held out.
     """
+    if len(batches) < 2:
+        raise ValueError("a budget of time needs more calibration texts than one batch of 64; give more")
     with torch.no_grad():
+        probes = batches[::HELD_OUT]
+        batches = [batch for i, batch in enumerate(batches) if i % HELD_OUT]
         masks = [batch["attention_mask"].bool() for batch in batches]
         calls = [first_call(encoder, batch) for batch in batches]
-        probes = batches[:: max(1, len(batches) // PROBES)]
         wanted = _states(encoder, probes)
         curves: dict[str, Curve] = {}
         for i, layer in enumerate(encoder.layers):
@@ -52,14 +55,14 @@ def measure_sensitivity(
                 for name in group:
                     dense = layer.get_submodule(name)
                     if block.divides(dense.weight):
-                        made = reconstruct(dense.weight, moments[name], block, PROBED, damping, DEEPEST)
+                        made = reconstruct(dense.weight, moments[name], block, probed, damping, DEEPEST)
                         kept = dense.weight.clone(), dense.bias.clone()
                         dense.weight.copy_(made.weight)
                         dense.bias.copy_(made.bias)
                         moved = _distance(_states(encoder, probes), wanted)
                         dense.weight.copy_(kept[0])
                         dense.bias.copy_(kept[1])
-                        scale = moved / max(float(made.curve[round(PROBED * made.keep.numel())]), 1e-12)
+                        scale = moved / max(float(made.curve[round(probed * made.keep.numel())]), 1e-12)
                         places = {s: min(round(s * made.keep.numel()), len(made.curve) - 1) for s in grid}
                         curves[f"{i}.{name}"] = {s: scale * float(made.curve[n]) for s, n in places.items()}
                     advance(len(curves))

@@ -84,8 +84,7 @@ def _infer_pool(call: relax.Call, _: Any) -> relax.TensorType:
 
 
 def _infer_lookup(call: relax.Call, _: Any) -> relax.TensorType:
-    rows, answers = call.args[4], call.args[7:]
-    outputs = shape_of(answers[0])[1] if answers else shape_of(rows)[0]
+    outputs = shape_of(call.args[7])[0 if call.attrs["kind"] == "perceptron" else 1]
     return _tiles(shape_of(call.args[1])[0], outputs)
 
 

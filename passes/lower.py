@@ -369,9 +369,10 @@ class _Lowering:
 
     def lower_lookup(self, var: relax.Var, call: relax.Call) -> None:
         x, segments, *cache = call.args
-        scale, shift, rows, row_scale, row_bias, *table = map(self.graph.constant, cache)
+        scale, shift, rows, row_scale, row_bias, *more = map(self.graph.constant, cache)
         spec = LookupSpec(rows.shape[1], len(rows), shape_of(var)[1], attributes(call)["kind"])
-        arrays = [scale, shift, *pack_rows(spec, rows, row_scale, row_bias), *table]
+        more = pack_rows(*more) if spec.kind == "perceptron" else more
+        arrays = [scale, shift, *pack_rows(rows, row_scale, row_bias), *more]
         first = self.first(segments)
         types = [self.tiles_type(var), relax.TensorType((first, TILE), "float32")]
         made = self.call(

@@ -1,8 +1,8 @@
 """What a cache after a layer says of each request: an answer, and how far to trust it.
 
-One request at a time: the mean of its tokens, standardised, times int8 rows, which are the labels of a classifier or
-the centroids of clusters. A request is one vector, so the rows are the vector lanes and
-nothing is computed for the empty columns of a group.
+One request at a time: the mean of its tokens, standardised, times int8 rows, which are the hidden units of a perceptron
+or the centroids of clusters. A request is one vector, so the rows are the vector lanes and nothing is computed for the
+empty columns of a group.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from whet.schedules.isa import TILE, Isa, fma, splat
 from whet.schedules.pool import mean_of_channel, mean_of_channels
 from whet.schedules.vector_math import exp
 
-Kind: TypeAlias = Literal["classifier", "clusters"]
+Kind: TypeAlias = Literal["perceptron", "clusters"]
 
 _AT_ONCE = 4
 """Rows are multiplied so many times 16 at once: 8 sums in flight on 256 bits."""
@@ -36,13 +36,13 @@ class LookupSpec:
 
     Arguments: x ``(nt, C, 16)`` float32, segments ``(ng, 16, 2)`` int32; scale and shift ``(C,)`` float32, so that a
     request is ``z = mean · scale + shift``; rows int8 and row_scale and row_bias float32, as ``pack_rows`` gives them,
-    so that its scores are ``rows · z · row_scale + row_bias``; [answers ``(rows, outputs)`` int8, answer_scale
-    ``(rows,)`` and inverse_reach ``(rows,)`` float32]; outputs: answer ``(ng, outputs, 16)`` and trust ``(ng, 16)``
-    float32, where unused entries are not written.
+    so that its scores are ``rows · z · row_scale + row_bias``; three more arrays; outputs: answer ``(ng, outputs, 16)``
+    and trust ``(ng, 16)`` float32, where unused entries are not written.
 
-    classifier: the answer is the scores, the trust their largest softmax probability. clusters: a score is
-    ``z · c − |c|² / 2``, so that the largest belongs to the nearest centroid c; the answer is its row of answers, the
-    trust ``1 − |z − c|² · inverse_reach``.
+    perceptron: scores above 0 are its hidden units; the answer is a second three of packed rows, scales and biases
+    times these, the trust its largest softmax probability. clusters: a score is ``z · c − |c|² / 2``, so that the
+    largest belongs to the nearest centroid c; then come answers ``(rows, outputs)`` int8, answer_scale ``(rows,)`` and
+    inverse_reach ``(rows,)`` float32: the answer is c's row of answers, the trust ``1 − |z − c|² · inverse_reach``.
     """
 
     channels: int
@@ -53,30 +53,28 @@ class LookupSpec:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind is {self.kind!r}; expected one of {', '.join(get_args(Kind))}")
-        if self.kind == "classifier" and self.outputs != self.rows:
-            raise ValueError(f"a classifier of {self.rows} rows has {self.outputs} outputs; expected as many")
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """Blocks of rows, and vectors of 16 in each, as few more than there are rows as it goes."""
-        vectors = -(-self.rows // TILE)
-        blocks = -(-vectors // _AT_ONCE)
-        return blocks, -(-vectors // blocks)
-
-    @property
-    def padded(self) -> int:
-        """Rows with those that fill the last block."""
-        blocks, vectors = self.blocks
-        return blocks * vectors * TILE
 
 
-def pack_rows(spec: LookupSpec, rows: NDArray[np.int8], scale: Any, bias: Any) -> list[NDArray[Any]]:
+def blocks_of(rows: int) -> tuple[int, int]:
+    """Blocks of rows, and vectors of 16 in each, as few more than there are rows as it goes."""
+    vectors = -(-rows // TILE)
+    blocks = -(-vectors // _AT_ONCE)
+    return blocks, -(-vectors // blocks)
+
+
+def padded(rows: int) -> int:
+    """Rows with those that fill the last block."""
+    blocks, vectors = blocks_of(rows)
+    return blocks * vectors * TILE
+
+
+def pack_rows(rows: NDArray[np.int8], scale: Any, bias: Any) -> list[NDArray[Any]]:
     """Rows ``(rows, C)``, and scale and bias ``(rows,)``, as the kernel takes them."""
-    blocks, vectors = spec.blocks
-    more = spec.padded - spec.rows
-    padded = np.pad(rows, ((0, more), (0, 0))).reshape(blocks, vectors, TILE, spec.channels)
+    blocks, vectors = blocks_of(len(rows))
+    more = padded(len(rows)) - len(rows)
+    filled = np.pad(rows, ((0, more), (0, 0))).reshape(blocks, vectors, TILE, rows.shape[1])
     return [
-        np.ascontiguousarray(padded.transpose(0, 3, 1, 2)),
+        np.ascontiguousarray(filled.transpose(0, 3, 1, 2)),
         np.pad(np.asarray(scale, np.float32), (0, more)),
         np.pad(np.asarray(bias, np.float32), (0, more), constant_values=_LOWEST),
     ]
@@ -84,7 +82,6 @@ def pack_rows(spec: LookupSpec, rows: NDArray[np.int8], scale: Any, bias: Any) -
 
 def lookup(spec: LookupSpec, isa: Isa) -> tirx.PrimFunc:
     """Kernel for the lookup, parallel over requests; the arguments are the specification's."""
-    blocks, vectors = spec.blocks
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("lookup")
@@ -93,10 +90,8 @@ def lookup(spec: LookupSpec, isa: Isa) -> tirx.PrimFunc:
             segments = parameter("segments", (groups, TILE, 2), "int32")
             scale = parameter("scale", (spec.channels,), "float32")
             shift = parameter("shift", (spec.channels,), "float32")
-            rows = parameter("rows", (blocks, spec.channels, vectors, TILE), "int8")
-            row_scale = parameter("row_scale", (spec.padded,), "float32")
-            row_bias = parameter("row_bias", (spec.padded,), "float32")
-            table = _declare_table(spec) if spec.kind == "clusters" else None
+            rows = _declare_rows("row", spec.rows, spec.channels)
+            table = _declare_table(spec) if spec.kind == "clusters" else _declare_rows("out", spec.outputs, spec.rows)
             answer = parameter("answer", (groups, spec.outputs, TILE), "float32")
             trust = parameter("trust", (groups, TILE), "float32")
             with T.sblock("root"):
@@ -109,11 +104,21 @@ def lookup(spec: LookupSpec, isa: Isa) -> tirx.PrimFunc:
                     )
                     with T.If(tokens[1] > 0), T.Then():
                         z = named("z", T.alloc_buffer((spec.channels,), "float32"))
-                        scores = named("scores", T.alloc_buffer((spec.padded,), "float32"))
+                        scores = named("scores", T.alloc_buffer((padded(spec.rows),), "float32"))
                         _standardise(spec, isa, (x, tokens), (scale, shift), z)
-                        _score(spec, isa, z, (rows, row_scale, row_bias), scores)
+                        _score(isa, z, rows, scores)
                         _TAILS[spec.kind](spec, isa, (z, scores, table), (answer, trust), (group, column))
         return builder.get()
+
+
+def _declare_rows(name: str, rows: int, channels: int) -> tuple[Any, Any, Any]:
+    """Parameters for what ``pack_rows`` gives."""
+    blocks, vectors = blocks_of(rows)
+    return (
+        parameter(f"{name}s", (blocks, channels, vectors, TILE), "int8"),
+        parameter(f"{name}_scale", (padded(rows),), "float32"),
+        parameter(f"{name}_bias", (padded(rows),), "float32"),
+    )
 
 
 def _declare_table(spec: LookupSpec) -> tuple[Any, Any, Any]:
@@ -138,16 +143,16 @@ def _standardise(spec: LookupSpec, isa: Isa, request: tuple[Any, Any], by: tuple
             T.buffer_store(z, fma(mean_of_channel(x, tokens, c), scale[c], shift[c]), [c])
 
 
-def _score(spec: LookupSpec, isa: Isa, z: Any, weights: tuple[Any, Any, Any], scores: Any) -> None:
+def _score(isa: Isa, z: Any, weights: tuple[Any, Any, Any], scores: Any) -> None:
     """Write the rows times z, every sum in the order of the channels."""
     rows, row_scale, row_bias = weights
-    blocks, vectors = spec.blocks
+    blocks, channels, vectors, _ = (int(n) for n in rows.shape)
     count = vectors * isa.parts
     with T.serial(blocks) as block:
         sums = [isa.register("float32") for _ in range(count)]
         for register in sums:
             T.buffer_store(register, splat(0.0, isa.lanes), [0])
-        with T.serial(spec.channels) as c:
+        with T.serial(channels) as c:
             value = T.Bind(splat(z[c], isa.lanes))
             for i, register in enumerate(sums):
                 vector, part = divmod(i, isa.parts)
@@ -159,12 +164,17 @@ def _score(spec: LookupSpec, isa: Isa, z: Any, weights: tuple[Any, Any, Any], sc
 
 
 def _classify(spec: LookupSpec, isa: Isa, what: tuple[Any, ...], out: tuple[Any, Any], to: tuple[Any, Any]) -> None:
-    _, scores, _ = what
+    _, hidden, weights = what
     answer, trust = out
-    largest = _reduce(spec, isa, lambda at: scores[at], T.max)
+    with T.serial(padded(spec.rows) // isa.lanes) as i:
+        at = T.ramp(i * isa.lanes, 1, isa.lanes)
+        T.buffer_store(hidden, T.max(hidden[at], splat(0.0, isa.lanes)), [at])
+    scores = named("logits", T.alloc_buffer((padded(spec.outputs),), "float32"))
+    _score(isa, hidden, weights, scores)
+    largest = _reduce(spec.outputs, isa, lambda at: scores[at], T.max)
     # The largest probability is 1 / sum.
     above = splat(largest, isa.lanes)
-    total = _reduce(spec, isa, lambda at: exp(scores[at] - above, isa.lanes), lambda a, b: a + b)
+    total = _reduce(spec.outputs, isa, lambda at: exp(scores[at] - above, isa.lanes), lambda a, b: a + b)
     T.buffer_store(trust, T.float32(1) / total, list(to))
     _scatter(spec, lambda o: scores[o], answer, to)
 
@@ -172,7 +182,7 @@ def _classify(spec: LookupSpec, isa: Isa, what: tuple[Any, ...], out: tuple[Any,
 def _nearest(spec: LookupSpec, isa: Isa, what: tuple[Any, ...], out: tuple[Any, Any], to: tuple[Any, Any]) -> None:
     z, scores, (answers, answer_scale, inverse_reach) = what
     answer, trust = out
-    largest = _reduce(spec, isa, lambda at: scores[at], T.max)
+    largest = _reduce(spec.rows, isa, lambda at: scores[at], T.max)
     best, square = T.alloc_buffer((1,), "int32"), T.alloc_buffer((1,), "float32")
     T.buffer_store(best, T.int32(0), [0])
     with T.serial(spec.rows) as i:  # from the end: of equals the first is taken
@@ -187,16 +197,16 @@ def _nearest(spec: LookupSpec, isa: Isa, what: tuple[Any, ...], out: tuple[Any, 
     _scatter(spec, lambda o: T.cast(answers[cluster, o], "float32") * answer_scale[cluster], answer, to)
 
 
-_TAILS: dict[str, Callable[..., None]] = {"classifier": _classify, "clusters": _nearest}
+_TAILS: dict[str, Callable[..., None]] = {"perceptron": _classify, "clusters": _nearest}
 
 
-def _reduce(spec: LookupSpec, isa: Isa, values: Callable[[Any], Any], combine: Callable[[Any, Any], Any]) -> Any:
+def _reduce(rows: int, isa: Isa, values: Callable[[Any], Any], combine: Callable[[Any, Any], Any]) -> Any:
     """Reduce over all rows, in an order that is the same on every instruction set."""
     partial = T.alloc_buffer((TILE,), "float32")
     with T.serial(isa.parts) as part:
         register = isa.register("float32")
         T.buffer_store(register, values(T.ramp(part * isa.lanes, 1, isa.lanes)), [0])
-        with T.serial(spec.padded // TILE - 1) as i:
+        with T.serial(padded(rows) // TILE - 1) as i:
             at = T.ramp((i + 1) * TILE + part * isa.lanes, 1, isa.lanes)
             T.buffer_store(register, combine(register[0], values(at)), [0])
         T.buffer_store(partial, register[0], [T.ramp(part * isa.lanes, 1, isa.lanes)])

@@ -18,7 +18,8 @@ from whet.caching.cache import Cache, look_up
 from whet.caching.choose import NEVER, Costs, choose, judge
 from whet.caching.cluster import fit_clusters
 from whet.caching.file import Freeze, FreezeError, load, save
-from whet.caching.learn import fit_classifier, softmax
+from whet.caching.learn import fit_perceptron, softmax
+from whet.caching.posterior import fit_posterior
 from whet.compiler import Precision, Text, check_can_freeze, compile, import_model
 from whet.datasets import LabelledText
 from whet.evaluate import class_of
@@ -162,9 +163,9 @@ def fit(
                 caches.append(_fit_cache(i, kind, means, seen))
                 advance(i + 1)
         found = [look_up(m, *c.arrays, kind=c.kind) for m, c in zip(chosen_on.means, caches, strict=True)]
-        trust = np.array([trust for _, trust in found])
-        right = np.array([answers.argmax(axis=1) == chosen_on.labels for answers, _ in found])
-        plain = chosen_on.logits.argmax(axis=1) == chosen_on.labels
+        answers, trust = (np.array(part) for part in zip(*found, strict=True))
+        loss = _losses(answers, chosen_on)
+        right, plain = (logits.argmax(axis=-1) == chosen_on.labels for logits in (answers, chosen_on.logits))
         identity = (model.name, digest_of(model.module), precision, layers)
         save(Freeze(*identity, 0.0, 0.0, tuple(caches), {}), Path(folder) / "all.freeze")
         quiet = _compiled(Path(folder) / "plain.so", source, precision, progress, **options)
@@ -174,7 +175,7 @@ def fit(
         with progress.phase("take times"):
             costs = _costs(quiet, asked, [_text(row) for row in held_out[:_TIMED]], layers)
     with progress.phase("choose places and thresholds"):
-        choice = choose(trust, plain.astype(np.float64) - right, costs, budget)
+        choice = choose(trust, loss, costs, budget)
     kept = [replace(c, threshold=t) for c, t in zip(caches, choice.thresholds, strict=True) if t < NEVER]
     report = FreezeReport(
         model=model.name,
@@ -194,8 +195,8 @@ def fit(
     )
     expected = np.array(
         [
-            [expected_loss(one, logits) for one, logits in zip(answers.argmax(axis=1), chosen_on.logits, strict=True)]
-            for answers, _ in found
+            [expected_loss(*row) for row in zip(classes, chosen_on.logits, strict=True)]
+            for classes in answers.argmax(axis=2)
         ]
     )
     allowed = judge(np.array(choice.thresholds), trust, expected, costs).loss + budget
@@ -228,7 +229,17 @@ def _fit_cache(layer: int, kind: Kind, means: NDArray[np.float32], seen: _Observ
     if kind == "knn":
         logs = np.log(np.maximum(seen.targets, _LEAST_PROBABILITY)).astype(np.float32)
         return Cache(layer, "clusters", fit_clusters(means, logs, seen.labels), NEVER)
-    return Cache(layer, "classifier", fit_classifier(means, seen.targets), NEVER)
+    return Cache(layer, "perceptron", fit_perceptron(means, seen.targets), NEVER)
+
+
+def _losses(answers: NDArray[np.float32], on: _Observed) -> NDArray[np.float64]:
+    """What is lost if a cache answers in place of the model, ``(caches, requests)``.
+
+    That is the difference of the probabilities that the two are right, after the model and all caches were asked.
+    """
+    right = fit_posterior([on.logits, answers.mean(axis=0)], on.labels)
+    requests = np.arange(len(right))
+    return np.array(right[requests, on.logits.argmax(axis=1)] - right[requests, answers.argmax(axis=2)])
 
 
 def _compiled(path: Path, source: Any, precision: Precision, progress: Progress, **options: Any) -> Session:

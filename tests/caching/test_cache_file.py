@@ -18,9 +18,9 @@ def example():
     def ints(*shape):
         return rng.integers(-127, 128, shape).astype("int8")
 
-    linear = (floats(8), floats(8), ints(3, 8), floats(3), floats(3))
+    perceptron = (floats(8), floats(8), ints(4, 8), floats(4), floats(4), ints(3, 4), floats(3), floats(3))
     clusters = (floats(8), floats(8), ints(5, 8), floats(5), floats(5), ints(5, 3), floats(5), floats(5))
-    caches = (Cache(0, "classifier", linear, 0.6), Cache(3, "clusters", clusters, 0.0))
+    caches = (Cache(0, "perceptron", perceptron, 0.6), Cache(3, "clusters", clusters, 0.0))
     return Freeze("bank", "ab12", "int8", 4, 0.02, 0.005, caches, {"accuracy": 0.9})
 
 
@@ -76,7 +76,7 @@ def test_another_version_is_refused(path):
     parts["header"] = np.frombuffer(json.dumps(header).encode(), "uint8")
     with path.open("wb") as file:
         np.savez(file, **parts)
-    with pytest.raises(FreezeError, match="has format 1, this whet reads format 3"):
+    with pytest.raises(FreezeError, match="has format 1, this whet reads format 4"):
         load(path)
 
 

@@ -17,12 +17,14 @@ def test_curves_rise_and_the_model_is_left_as_it_was(tmp_path):
     texts = [text for text, _ in sentences(200)]
     batches = [batch for _, batch in in_order(make_features(encoder, texts, 64), 50, encoder)]
     told = []
-    curves = measure_sensitivity(encoder, batches, Block(4), GRID, 0.01, told.append)
+    curves = measure_sensitivity(encoder, batches, Block(4), GRID, 0.5, 0.01, told.append)
     assert list(curves) == list(encoder.dense) and told[-1] == 12
     for curve in curves.values():
         losses = [curve[s] for s in GRID]
         assert losses[0] == 0 and losses == sorted(losses) and losses[-1] > losses[1] > 0
     assert all(torch.equal(p, before[name]) for name, p in encoder.model.named_parameters())
+    with pytest.raises(ValueError, match="more calibration texts than one batch"):
+        measure_sensitivity(encoder, batches[:1], Block(4), GRID, 0.5, 0.01)
 
 
 def test_time_is_spent_where_it_saves_most():

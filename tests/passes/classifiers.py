@@ -10,7 +10,7 @@ from graphs import build, requests
 from tvm import relax
 
 from whet.caching.cache import Cache
-from whet.caching.learn import linear
+from whet.caching.learn import perceptron
 from whet.passes import dialect
 from whet.passes.lower import Lowered
 from whet.passes.pipeline import Options, run_pipeline
@@ -42,9 +42,10 @@ def classifier(b):
 
 def cache(layer: int, threshold: float, channels: int = CHANNELS) -> Cache:
     rng = np.random.default_rng(layer)
-    numbers = ((0.3, (LABELS, channels)), (1, LABELS), (1, channels), (0.1, channels))
-    arrays = linear(*(rng.normal(0, spread, shape).astype("float32") for spread, shape in numbers))
-    return Cache(layer, "classifier", arrays, threshold)
+    numbers = ((0.3, (8, channels)), (1, 8), (0.5, (LABELS, 8)), (1, LABELS), (1, channels), (0.1, channels))
+    first, first_bias, second, second_bias, *standard = (rng.normal(0, r, s).astype("float32") for r, s in numbers)
+    arrays = perceptron((first, first_bias), (second, second_bias), *standard)
+    return Cache(layer, "perceptron", arrays, threshold)
 
 
 def lowered(precision: str, *, freeze: bool = False, isas=(ISA,), **options) -> Lowered:

@@ -8,8 +8,8 @@ from whet.schedules.cache_lookup import LookupSpec, lookup, pack_rows
 
 LENGTHS = [1, 2, 15, 16, 17, 31, 3, 64, 100, 5, 1, 1, 8, 8, 8, 9, 40, 7]
 SPECS = [
-    LookupSpec(20, 2, 2, "classifier"),
-    LookupSpec(384, 150, 150, "classifier"),
+    LookupSpec(20, 9, 2, "perceptron"),
+    LookupSpec(384, 128, 150, "perceptron"),
     LookupSpec(36, 77, 5, "clusters"),
 ]
 
@@ -21,14 +21,17 @@ def world(spec, seed=0):
     def floats(*shape, low=-1.0, high=1.0):
         return rng.uniform(low, high, shape).astype("float32")
 
-    rows = rng.integers(-127, 128, (spec.rows, spec.channels)).astype("int8")
+    def ints(*shape):
+        return rng.integers(-127, 128, shape).astype("int8")
+
+    rows = ints(spec.rows, spec.channels)
     scale, row_scale = floats(spec.channels, low=0.5), floats(spec.rows, low=0.01, high=0.02)
-    bias = floats(spec.rows)
-    more = []
     if spec.kind == "clusters":
         bias = (-0.5 * ((rows * row_scale[:, None]) ** 2).sum(1)).astype("float32")
-        answers = rng.integers(-127, 128, (spec.rows, spec.outputs)).astype("int8")
-        more = [answers, floats(spec.rows), floats(spec.rows, low=0.01)]
+        more = [ints(spec.rows, spec.outputs), floats(spec.rows), floats(spec.rows, low=0.01)]
+    else:
+        bias = floats(spec.rows)
+        more = [ints(spec.outputs, spec.rows), floats(spec.outputs, low=1e-4, high=1e-3), floats(spec.outputs)]
     return (
         floats(sum(LENGTHS), spec.channels, low=-2, high=2),
         (scale, floats(spec.channels)),
@@ -41,8 +44,9 @@ def expected(spec, x, standard, rows, more):
     """Answer ``(outputs,)`` and trust of one request with the hidden states x, in float64."""
     z = x.astype("float64").mean(0) * standard[0] + standard[1]
     scores = (rows[0].astype("float64") * rows[1][:, None]) @ z + rows[2]
-    if spec.kind == "classifier":
-        return scores, 1 / np.exp(scores - scores.max()).sum()
+    if spec.kind == "perceptron":
+        logits = (more[0].astype("float64") * more[1][:, None]) @ np.maximum(scores, 0) + more[2]
+        return logits, 1 / np.exp(logits - logits.max()).sum()
     answers, answer_scale, inverse_reach = more
     centroids = rows[0].astype("float64") * rows[1][:, None]
     distances = ((z - centroids) ** 2).sum(1)
@@ -52,7 +56,8 @@ def expected(spec, x, standard, rows, more):
 
 def run(isa, spec, x, segments, standard, rows, more):
     kernel = oracles.build(lookup, spec, isa)
-    inputs = [oracles.to_tiles(x), segments, *standard, *pack_rows(spec, *rows), *more]
+    packed = pack_rows(*more) if spec.kind == "perceptron" else more
+    inputs = [oracles.to_tiles(x), segments, *standard, *pack_rows(*rows), *packed]
     shapes = [(len(segments), spec.outputs, 16), (len(segments), 16)]
     answer, trust = oracles.run(kernel, inputs, [(shape, "float32") for shape in shapes])
     return oracles.from_tiles(answer), trust.reshape(-1)
@@ -84,5 +89,3 @@ def test_request_alone_gives_the_same_bits_on_every_instruction_set(isa, spec):
 def test_what_does_not_fit_together():
     with pytest.raises(ValueError, match="kind is 'trees'"):
         LookupSpec(8, 3, 3, "trees")
-    with pytest.raises(ValueError, match="a classifier of 3 rows has 2 outputs; expected as many"):
-        LookupSpec(8, 3, 2, "classifier")

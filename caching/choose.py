@@ -21,6 +21,9 @@ _PRICES = np.geomspace(0.02, 5000.0, 40)
 _STEPS = 20
 _ERRORS = 2.0
 """Standard errors between a loss and the budget."""
+_UNLIKE = 0.05
+"""Share of requests, those that it trusts least, that no cache answers: requests unlike all that it was fitted to are
+trusted less than most."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,12 @@ def _between(a: Floats, b: Floats, weight: float, trust: Floats) -> NDArray[np.f
 def _descend(trust: Floats, loss: Floats, costs: Costs, price: float) -> NDArray[np.float64]:
     """Improve the thresholds one layer at a time."""
     orders = np.argsort(-trust, axis=1, kind="stable")
+    floors = np.quantile(trust, _UNLIKE, axis=1)
     thresholds = np.full(len(trust), NEVER)
     for _ in range(_SWEEPS):
         before = thresholds.copy()
         for i in range(len(trust)):
-            thresholds[i] = _best_threshold(i, orders[i], thresholds, trust, loss, costs, price)
+            thresholds[i] = _best_threshold(i, orders[i], floors[i], thresholds, trust, loss, costs, price)
         if (before == thresholds).all():
             break
     return thresholds
@@ -123,13 +127,14 @@ def _descend(trust: Floats, loss: Floats, costs: Costs, price: float) -> NDArray
 def _best_threshold(
     i: int,
     order: NDArray[np.intp],
+    floor: float,
     thresholds: NDArray[np.float64],
     trust: Floats,
     loss: Floats,
     costs: Costs,
     price: float,
 ) -> float:
-    """The threshold after layer ``i`` that costs least, those of the other layers being as they are."""
+    """The threshold after layer ``i``, from ``floor`` on, that costs least, the other layers' being as they are."""
     here = order[(trust[:i, order] < thresholds[:i, None]).all(axis=0)]
     later = _outcome(np.where(np.arange(len(trust)) <= i, NEVER, thresholds), trust, loss, costs)
     asked = (thresholds[:i] < NEVER).sum()
@@ -138,7 +143,7 @@ def _best_threshold(
     # Of the requests in descending order of trust, the first so many leave.
     gain = np.cumsum(go_on - leave)
     ends = np.append(trust[i, here][1:] < trust[i, here][:-1], True) if len(here) else np.zeros(0, np.bool_)
-    gain = np.where(ends, gain, -np.inf)
+    gain = np.where(ends & (trust[i, here] >= floor), gain, -np.inf)
     if not len(here) or gain.max() <= len(here) * costs.cache:
         return NEVER
     return float(trust[i, here[int(gain.argmax())]])

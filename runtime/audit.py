@@ -34,8 +34,8 @@ _log = logging.getLogger(__name__)
 
 WINDOW = 1000
 """Audited requests that thresholds follow from."""
-RECENT = 100
-"""The newest of them, which are judged by themselves too: a change shows sooner."""
+RECENT = (25, 100, WINDOW)
+"""So many of the newest are judged by themselves: a change shows sooner."""
 LEAST = 50
 """Audited requests before they say anything."""
 ALARMED = 10
@@ -179,8 +179,9 @@ class Auditor:
         new = self._fitted
         if self._added >= LEAST:
             metadata = self._engine.metadata
-            recent = self._kept[np.arange(max(0, self._added - RECENT), self._added) % WINDOW]
-            for trust, loss in (self._seen(), (recent[:, 0], recent[:, 1])):
+            for count in RECENT:
+                newest = self._kept[np.arange(max(0, self._added - count), self._added) % WINDOW]
+                trust, loss = newest[:, 0], newest[:, 1]
                 lost = _losses(self._fitted, trust, loss)
                 if lost.mean() - _ERRORS * lost.std() / np.sqrt(len(lost)) > metadata.allowed_loss:
                     new = np.maximum(new, tightened(self._fitted, trust, loss, metadata.budget))

@@ -75,3 +75,10 @@ def test_close_to_the_best_of_all_combinations():
     grid = [np.append(np.quantile(row, np.linspace(0, 1, 14)), NEVER) for row in trust]
     tried = (judge(np.array(t), trust, loss, COSTS) for t in itertools.product(*grid))
     assert choice.cost <= 1.1 * min(found.cost for found in tried if found.loss + 2 * found.error <= 0.1)
+
+
+def test_requests_unlike_the_others_go_on_however_right_the_caches_are():
+    trust, loss = world()
+    choice = choose(trust, np.zeros_like(loss), COSTS, 0.0)
+    assert (np.array(choice.thresholds) >= np.quantile(trust, 0.05, axis=1)).all()
+    assert choice.leave[0] == pytest.approx(0.95)

@@ -120,8 +120,8 @@ def test_a_share_is_taken(tmp_path):
 
 def test_new_errors_count_however_much_went_well_before(tmp_path):
     engine, watched = auditor(tmp_path)
-    serve(watched, 0, WINDOW - LEAST)
-    serve(watched, 0b11, 2 * LEAST)
+    serve(watched, 0, WINDOW)
+    serve(watched, 0b11, 60)
     assert watched.loss < 0.02
     assert (engine.thresholds > FITTED).any()
 

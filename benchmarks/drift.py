@@ -3,7 +3,8 @@
     python benchmarks/drift.py MODEL train.csv dev.csv test.csv      # text,label
 
 Caches are fitted on half of the model's classes. Then come requests of that half, from the middle on of all classes, to
-three sessions: without caches, with caches, and with caches that are audited.
+three sessions: without caches, with caches, and with caches that are audited. In the end caches are fitted again, with
+the requests that audits kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -31,16 +33,26 @@ def main() -> None:
     known = set(rng.permutation(sorted({row.label for row in train}))[::2].tolist())
     halves = [[row for row in rows if row.label in known] for rows in (train, dev, test)]
     with TemporaryDirectory(prefix="whet-drift-") as folder:
-        paths = [str(Path(folder) / name) for name in ("a.freeze", "plain.so", "frozen.so")]
+        paths = [str(Path(folder) / name) for name in ("a.freeze", "plain.so", "frozen.so", "b.freeze", "again.so")]
         progress = TerminalProgress()
         print(fit(model, paths[0], halves[0], halves[1], progress=progress))
         whet.compile(model, paths[1], progress=progress)
         whet.compile(model, paths[2], freeze=paths[0], progress=progress)
-        plain, frozen = (whet.load(path, threads=1) for path in paths[1:])
+        plain, frozen = (whet.load(path, threads=1) for path in paths[1:3])
         audited = whet.load(paths[2], threads=1, audit=AUDIT)
         before = [halves[2][i] for i in rng.integers(len(halves[2]), size=REQUESTS // 2)]
         after = [test[i] for i in rng.integers(len(test), size=REQUESTS // 2)]
         serve([*before, *after], plain, frozen, audited)
+        served = f"{paths[2]}.audit"
+        print(fit(model, paths[3], halves[0], halves[1], served=served, progress=progress))
+        whet.compile(model, paths[4], freeze=paths[3], progress=progress)
+        again = whet.load(paths[4], threads=1)
+        texts = [row.text for row in test]
+        right = _classes(test, plain)
+        for name, session in (("plain", plain), ("first caches", frozen), ("fitted again", again)):
+            answers = session.logits(texts).argmax(axis=1)
+            early = (session.trace(texts).layers < session.metadata.exits[-1]).mean() if session.metadata.exits else 0
+            print(f"| {name} | {(answers == right).mean():.3f} | {early:.1%} |")
 
 
 def serve(rows: list[LabelledText], plain: whet.Session, frozen: whet.Session, audited: whet.Session) -> None:
@@ -53,7 +65,7 @@ def serve(rows: list[LabelledText], plain: whet.Session, frozen: whet.Session, a
     for start in range(0, len(rows), WINDOW):
         part = rows[start : start + WINDOW]
         texts = [row.text for row in part]
-        right = np.array([class_of(r.label, plain.metadata.labels, plain.metadata.output.channels) for r in part])
+        right = _classes(part, plain)
         answers = [int(audited.logits(text).argmax()) for text in texts]  # one by one: audits work beside them
         auditor.wait()
         leave = audited.trace(texts).layers < audited.metadata.exits[-1]
@@ -64,6 +76,10 @@ def serve(rows: list[LabelledText], plain: whet.Session, frozen: whet.Session, a
         print(
             f"| {start + len(part)} | {accuracy} | {np.mean(leave):.1%} | {auditor.loss:.4f} | {numbers} |", flush=True
         )
+
+
+def _classes(rows: list[LabelledText], session: whet.Session) -> np.ndarray[Any, Any]:
+    return np.array([class_of(r.label, session.metadata.labels, session.metadata.output.channels) for r in rows])
 
 
 if __name__ == "__main__":

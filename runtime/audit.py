@@ -8,6 +8,8 @@ each to the same quantile of the trust that its cache gave, until the loss is wi
 audited. So caches that come to err answer less, and those that recover answer again; and nothing is ever trusted more
 than when it was fitted. The loss of a request is what the model itself expects it to be: by how much the probability of
 the cache's class is below that of its own.
+
+Their token ids are kept, too, so that caches can be fitted again on what the module is asked: :func:`audited_requests`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ _QUEUE = 256
 """Requests that wait for their audit; more are let go."""
 _SAVE_EVERY = 32
 _LEVELS = np.linspace(0.0, 1.0, 51)
-_FORMAT = 1
+_FORMAT = 2
 _KIND = "whet audit"
 
 NEVER = float(np.finfo(np.float32).max)
@@ -89,6 +91,8 @@ class Auditor:
         self._fitted: NDArray[Any] = twin.thresholds.copy()
         self._kept = np.empty((WINDOW, 2, len(self._fitted)))
         """Trust and loss of each cache, of the last requests, overwritten in turns."""
+        self._requests: list[Request] = []
+        """The same requests, in the same places."""
         self._added = 0
         self._queue: Queue[Request] = Queue(_QUEUE)
         self._process = 0
@@ -104,13 +108,19 @@ class Auditor:
             return float("nan")
         return float(_losses(self._engine.thresholds, *self._seen()).mean())
 
-    def _seen(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Trust and loss ``(requests, caches)`` of what is remembered."""
-        kept = self._kept[: self._added]
+    def _newest(self, count: int = WINDOW) -> NDArray[np.intp]:
+        """The places of the newest requests, oldest first."""
+        return np.arange(max(0, self._added - min(count, WINDOW)), self._added) % WINDOW
+
+    def _seen(self, count: int = WINDOW) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Trust and loss ``(requests, caches)`` of the newest requests."""
+        kept = self._kept[self._newest(count)]
         return kept[:, 0], kept[:, 1]
 
-    def _add(self, trust: NDArray[Any], loss: NDArray[Any]) -> None:
-        self._kept[self._added % WINDOW] = trust, loss
+    def _add(self, request: Request, trust: NDArray[Any], loss: NDArray[Any]) -> None:
+        place = self._added % WINDOW
+        self._kept[place] = trust, loss
+        self._requests[place : place + 1] = [request]
         self._added += 1
 
     def offer(self, ids: NDArray[Any], lengths: NDArray[Any], positions: NDArray[Any], types: Any) -> None:
@@ -147,7 +157,7 @@ class Auditor:
         while True:
             request = queue.get()
             try:
-                self._add(*self._ask(request))
+                self._add(request, *self._ask(request))
                 self.count += 1
                 changed = self._apply()
                 if changed or self.count % _SAVE_EVERY == 0:
@@ -180,8 +190,7 @@ class Auditor:
         if self._added >= LEAST:
             metadata = self._engine.metadata
             for count in RECENT:
-                newest = self._kept[np.arange(max(0, self._added - count), self._added) % WINDOW]
-                trust, loss = newest[:, 0], newest[:, 1]
+                trust, loss = self._seen(count)
                 lost = _losses(self._fitted, trust, loss)
                 if lost.mean() - _ERRORS * lost.std() / np.sqrt(len(lost)) > metadata.allowed_loss:
                     new = np.maximum(new, tightened(self._fitted, trust, loss, metadata.budget))
@@ -195,6 +204,7 @@ class Auditor:
     def _save(self) -> None:
         header = {"kind": _KIND, "format": _FORMAT, "module": self._digest.hex()}
         trust, loss = self._seen()
+        requests = [self._requests[place] for place in self._newest()]
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             with partial.open("wb") as file:
@@ -203,6 +213,8 @@ class Auditor:
                     header=np.frombuffer(json.dumps(header).encode(), np.uint8),
                     trust=trust,
                     loss=loss,
+                    lengths=np.array([len(request.ids) for request in requests], np.int64),
+                    tokens=np.concatenate([np.zeros((3, 0), np.int32), *map(_tokens_of, requests)], axis=1),
                 )
                 file.flush()
                 os.fsync(file.fileno())
@@ -211,26 +223,52 @@ class Auditor:
             partial.unlink(missing_ok=True)
 
     def _load(self) -> None:
-        try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                header = json.loads(archive["header"].tobytes())
-                trust, loss = archive["trust"].astype(np.float64), archive["loss"].astype(np.float64)
-            wrong = header["kind"] != _KIND or header["format"] != _FORMAT
-            wrong |= trust.shape != loss.shape or trust.shape[1:] != (len(self._fitted),)
-            module = header["module"]
-        except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise ArtifactError(
-                f"{self.path} is damaged or keeps no audits ({type(error).__name__}: {error}); delete it to start anew"
-            ) from error
+        module, trust, loss, requests = _read(self.path)
         if module != self._digest.hex():
             raise ArtifactError(
                 f"{self.path} keeps audits of another module than {self._engine.path}, such as one that was compiled "
                 "earlier; delete it to start anew"
             )
-        if wrong:
-            raise ArtifactError(f"{self.path} keeps no audits that this runtime reads; delete it to start anew")
-        for one in zip(trust[-WINDOW:], loss[-WINDOW:], strict=True):
+        if trust.shape[1:] != (len(self._fitted),):
+            raise ArtifactError(f"{self.path} keeps audits of another number of caches; delete it to start anew")
+        for one in zip(requests[-WINDOW:], trust[-WINDOW:], loss[-WINDOW:], strict=True):
             self._add(*one)
+
+
+def audited_requests(path: str | os.PathLike[str]) -> list[Request]:
+    """The requests that audits kept in a file, oldest first. Raises ArtifactError, FileNotFoundError."""
+    return _read(Path(path))[3]
+
+
+def _read(path: Path) -> tuple[str, NDArray[np.float64], NDArray[np.float64], list[Request]]:
+    """The digest of the module, trust and loss ``(requests, caches)``, and the requests."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            header = json.loads(archive["header"].tobytes())
+            kind = header["kind"], header["format"]
+            parts = {name: archive[name] for name in archive.files if name != "header"}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ArtifactError(
+            f"{path} is damaged or keeps no audits ({type(error).__name__}: {error}); delete it to start anew"
+        ) from error
+    if kind != (_KIND, _FORMAT):
+        raise ArtifactError(f"{path} keeps no audits that this runtime reads; delete it to start anew")
+    try:
+        trust, loss, lengths, tokens = (parts[name] for name in ("trust", "loss", "lengths", "tokens"))
+        if trust.shape != loss.shape or trust.ndim != 2 or len(trust) != len(lengths):
+            raise ValueError("its parts do not fit together")
+        split = np.split(tokens.reshape(3, lengths.sum()), np.cumsum(lengths)[:-1], axis=1) if len(lengths) else []
+        return str(header["module"]), trust.astype(np.float64), loss.astype(np.float64), [Request(*r) for r in split]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} is malformed ({error}); delete it to start anew") from error
+
+
+def _tokens_of(request: Request) -> NDArray[np.int32]:
+    """Ids, positions and types, ``(3, tokens)``."""
+    types = np.zeros_like(request.ids) if request.types is None else request.types
+    return np.stack([request.ids, request.positions, types]).astype(np.int32)
 
 
 def expected_loss(classes: NDArray[np.intp], logits: NDArray[Any]) -> NDArray[np.float64]:

@@ -332,7 +332,7 @@ def _tune(args: argparse.Namespace) -> None:
 def _freeze_fit(args: argparse.Namespace) -> None:
     from whet.freezing import fit  # noqa: PLC0415
 
-    options = _given(args, "kind", "precision", "budget", "tokenizer", "task")
+    options = _given(args, "kind", "precision", "budget", "served", "tokenizer", "task")
     if args.calibration is not None:
         options["calibration"] = read_texts(args.calibration, pairs=True)
     if args.held_out is not None:
@@ -533,6 +533,9 @@ def _add_freeze_fit(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--data", metavar="FILE", required=True, help="requests to learn from, as --format says")
     sub.add_argument(
         "--held-out", metavar="FILE", help="requests to choose layers and thresholds on; default: a fifth of --data"
+    )
+    sub.add_argument(
+        "--served", metavar="FILE.audit", help="requests that audits kept: they are learned from and chosen on in turns"
     )
     sub.add_argument(
         "--format",

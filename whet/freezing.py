@@ -29,7 +29,7 @@ from whet.passes.graph import Graph, digest_of, is_call
 from whet.progress import Progress, Silent
 from whet.runtime import Session
 from whet.runtime import load as load_module
-from whet.runtime.audit import expected_loss
+from whet.runtime.audit import Request, audited_requests, expected_loss
 
 Kind: TypeAlias = Literal["learned", "knn"]
 
@@ -107,6 +107,7 @@ def fit(
     kind: Kind = "learned",
     precision: Precision = "int8",
     budget: float = 0.005,
+    served: str | PathLike[str] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> FreezeReport:
@@ -127,6 +128,8 @@ def fit(
         kind: of the caches, ``"learned"`` or ``"knn"``.
         precision: that the model will be compiled with.
         budget: most accuracy to lose, as a share of all requests.
+        served: a file of audits, whose requests count in turns as data and as held out, with the model's own answers:
+            so caches learn what a module is asked.
         progress: told of every phase.
         options: ``task``, ``tokenizer``, ``calibration``, ``quantisation``, ``isa``, … of ``whet.compile``.
 
@@ -152,10 +155,12 @@ def fit(
         if len(rows) < _LEAST:
             raise ValueError(f"there are {len(rows)} requests to {what} on; expected at least {_LEAST}")
 
+    asked = [] if served is None else audited_requests(served)
     with tempfile.TemporaryDirectory(prefix="whet-freeze-") as folder:
         probe = _compiled(Path(folder) / "probe.so", source, precision, progress, probe=True, **options)
         with progress.phase("run the model"):
-            seen, chosen_on = (_observe(probe, rows, *_sizes(model)) for rows in (data, held_out))
+            sizes = _sizes(model)
+            seen, chosen_on = (_observe(probe, rows, asked[i::2], *sizes) for i, rows in enumerate((data, held_out)))
         layers = len(seen.means)
         with progress.phase("fit caches", layers) as advance:
             caches = []
@@ -169,11 +174,11 @@ def fit(
         identity = (model.name, digest_of(model.module), precision, layers)
         save(Freeze(*identity, 0.0, 0.0, tuple(caches), {}), Path(folder) / "all.freeze")
         quiet = _compiled(Path(folder) / "plain.so", source, precision, progress, **options)
-        asked = _compiled(
+        looked_up = _compiled(
             Path(folder) / "all.so", source, precision, progress, freeze=Path(folder) / "all.freeze", **options
         )
         with progress.phase("take times"):
-            costs = _costs(quiet, asked, [_text(row) for row in held_out[:_TIMED]], layers)
+            costs = _costs(quiet, looked_up, [_text(row) for row in held_out[:_TIMED]], layers)
     with progress.phase("choose places and thresholds"):
         choice = choose(trust, loss, costs, budget)
     kept = [replace(c, threshold=t) for c, t in zip(caches, choice.thresholds, strict=True) if t < NEVER]
@@ -191,7 +196,7 @@ def fit(
         layer_microseconds=costs.layer,
         cache_microseconds=costs.cache,
         speedup=choice.plain_cost / choice.cost,
-        requests=(len(data), len(held_out)),
+        requests=(len(seen.labels), len(chosen_on.labels)),
     )
     expected = np.array(
         [
@@ -257,18 +262,25 @@ def _text(row: LabelledText | Text) -> Text:
     return row.text if isinstance(row, LabelledText) else row
 
 
-def _observe(probe: Session, rows: Sequence[LabelledText | Text], classes: int, channels: int) -> _Observed:
+def _observe(
+    probe: Session, rows: Sequence[LabelledText | Text], served: Sequence[Request], classes: int, channels: int
+) -> _Observed:
     shown = probe.logits([_text(row) for row in rows])
+    if served:
+        ids, positions, types = (np.concatenate(part) for part in zip(*served, strict=True))
+        lengths = np.array([len(request.ids) for request in served])
+        shown = np.concatenate([shown, probe.run_packed(ids, lengths, positions, types)])
     states, logits = shown[:, :-classes], shown[:, -classes:]
     probabilities = softmax(logits)
     labels = logits.argmax(axis=1)
-    targets = probabilities
+    targets = probabilities.copy()
     known = [row.label for row in rows if isinstance(row, LabelledText)]
     if known:
         if len(known) < len(rows):
             raise ValueError(f"{len(known)} of {len(rows)} requests have labels; expected all or none")
-        labels = np.array([class_of(label, probe.metadata.labels, classes) for label in known])
-        targets = (probabilities + np.eye(classes, dtype=np.float32)[labels]) / 2
+        labels[: len(rows)] = [class_of(label, probe.metadata.labels, classes) for label in known]
+        right = np.eye(classes, dtype=np.float32)[labels[: len(rows)]]
+        targets[: len(rows)] = (probabilities[: len(rows)] + right) / 2
     return _Observed(np.split(states, states.shape[1] // channels, axis=1), logits, labels, targets)
 
 

@@ -15,6 +15,7 @@ from whet.caching.file import FreezeError, load
 from whet.datasets import LabelledText
 from whet.freezing import fit, inspect
 from whet.runtime.audit import expected_loss
+from whet.runtime.metadata import ArtifactError
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,20 @@ def test_audits(modules, texts, tmp_path):
     assert (tmp_path / "m.so.audit").exists()
     with pytest.raises(ValueError, match=r"plain\.so has no caches to audit"):
         whet.load(modules[1], audit=0.1)
+
+
+def test_caches_learn_what_was_asked(modules, model, texts, tmp_path):
+    path = shutil.copy(modules[0], tmp_path / "m.so")
+    session = whet.load(path, threads=1, audit=1.0)
+    session.logits([f"{text} {text}" for text in texts[:200]])
+    session.auditor.wait()
+    again = ["freeze", "fit", str(model), "--precision", "fp32", "--budget", "0.3", "-o", str(tmp_path / "b.freeze")]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    assert cli.main([*again, "--data", str(tmp_path / "texts.txt"), "--served", f"{path}.audit"]) == 0
+    assert inspect(tmp_path / "b.freeze").requests == (580, 220)
+    (tmp_path / "m.so.audit").write_bytes(b"PK")
+    with pytest.raises(ArtifactError, match=r"m\.so\.audit is damaged or keeps no audits"):
+        fit(model, tmp_path / "c.freeze", texts, served=f"{path}.audit")
 
 
 def test_bench(modules, texts, tmp_path, capsys):

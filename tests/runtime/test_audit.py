@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from whet.runtime.audit import LEAST, WINDOW, Auditor, expected_loss, tightened
+from whet.runtime.audit import LEAST, WINDOW, Auditor, audited_requests, expected_loss, tightened
 from whet.runtime.metadata import ArtifactError
 
 FITTED = np.array([0.9, 0.8], np.float32)
@@ -68,6 +68,26 @@ def test_what_was_seen_survives(tmp_path):
     np.testing.assert_array_equal(again.thresholds, engine.thresholds)
     assert reloaded.loss == watched.loss
     assert [p.name for p in tmp_path.iterdir()] == ["m.so.audit"]
+
+
+def test_the_newest_requests_are_kept_in_their_order(tmp_path):
+    _, watched = auditor(tmp_path)
+    for i in range(WINDOW + 10):
+        length = 2 + i % 3
+        watched.offer(
+            np.full(length, i), np.array([length]), np.arange(length), None if i % 2 else np.ones(length, int)
+        )
+        if i % 100 == 0:
+            watched.wait()
+    watched.wait()
+    kept = audited_requests(tmp_path / "m.so.audit")
+    for i, request in zip(range(10, WINDOW + 10), kept, strict=True):
+        np.testing.assert_array_equal(request.ids, [i] * (2 + i % 3))
+        np.testing.assert_array_equal(request.positions, np.arange(2 + i % 3))
+        np.testing.assert_array_equal(request.types, [1 - i % 2] * (2 + i % 3))
+    _, again = auditor(tmp_path)
+    again.wait()
+    assert [r.ids[0] for r in audited_requests(tmp_path / "m.so.audit")] == [r.ids[0] for r in kept]
 
 
 def test_a_failure_is_told_and_survived(tmp_path, caplog):

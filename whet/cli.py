@@ -535,7 +535,9 @@ def _add_freeze_fit(sub: argparse.ArgumentParser) -> None:
         "--held-out", metavar="FILE", help="requests to choose layers and thresholds on; default: a fifth of --data"
     )
     sub.add_argument(
-        "--served", metavar="FILE.audit", help="requests that audits kept: they are learned from and chosen on in turns"
+        "--served",
+        metavar="FILE.audit",
+        help="requests that audits kept: half of them are learned from, half chosen on",
     )
     sub.add_argument(
         "--format",

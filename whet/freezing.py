@@ -128,8 +128,8 @@ def fit(
         kind: of the caches, ``"learned"`` or ``"knn"``.
         precision: that the model will be compiled with.
         budget: most accuracy to lose, as a share of all requests.
-        served: a file of audits, whose requests count in turns as data and as held out, with the model's own answers:
-            so caches learn what a module is asked.
+        served: a file of audits. Of its requests half count as data and the others are those to choose on, in place of
+            ``held_out``, with the model's own answers as the truth: so caches follow what a module is asked.
         progress: told of every phase.
         options: ``task``, ``tokenizer``, ``calibration``, ``quantisation``, ``isa``, … of ``whet.compile``.
 
@@ -156,11 +156,14 @@ def fit(
             raise ValueError(f"there are {len(rows)} requests to {what} on; expected at least {_LEAST}")
 
     asked = [] if served is None else audited_requests(served)
+    if served is not None and len(asked) < 2 * _LEAST:
+        raise ValueError(f"{served} keeps {len(asked)} requests; expected at least {2 * _LEAST}: audit more of them")
     with tempfile.TemporaryDirectory(prefix="whet-freeze-") as folder:
         probe = _compiled(Path(folder) / "probe.so", source, precision, progress, probe=True, **options)
         with progress.phase("run the model"):
             sizes = _sizes(model)
-            seen, chosen_on = (_observe(probe, rows, asked[i::2], *sizes) for i, rows in enumerate((data, held_out)))
+            seen = _observe(probe, data, asked[::2], *sizes)
+            chosen_on = _observe(probe, [] if asked else held_out, asked[1::2], *sizes)
         layers = len(seen.means)
         with progress.phase("fit caches", layers) as advance:
             caches = []

@@ -161,10 +161,10 @@ def build(
         create(unfinished, description, _vectors(session))
         memo = Memo(unfinished, session.metadata, grow=True)
         with progress.phase("run the corpus", len(kept)) as advance:
-            for tokens in kept:
+            for i, tokens in enumerate(kept):
                 with memo.adding(tokens) as room:
                     _run(to_the_end, [tokens], np.array([[0, room.address]]))
-                advance(1)
+                advance(i + 1)
         with progress.phase("choose distances and lengths"):
             report = _judge(session, memo, others, max_loss)
         pays = {level: [list(b.lengths) for b in report.buckets if b.gain(level) > 0] for level in LEVELS}
@@ -246,7 +246,7 @@ def measure(
     hits = looked_up = 0
     spent = []
     with (progress or Silent()).phase("run the requests", len(requests)) as advance:
-        for tokens in requests:
+        for i, tokens in enumerate(requests):
             given = tokens[0], tokens[1], np.array([tokens.shape[1]])
             before = with_memo.memo.hits, with_memo.memo.misses
             for name, session in (("plain", plain), ("memo", with_memo)):
@@ -258,7 +258,7 @@ def measure(
                 times[name].append(seconds * 1e3)
             if hit + missed:
                 spent.append(_best([partial(with_memo.memo.find, *given)])[0] * 1e6)
-            advance(1)
+            advance(i + 1)
     losses = _losses(plain, [a.reshape(1, -1) for a in answers["plain"]], [a.reshape(1, -1) for a in answers["memo"]])
     statistics: list[Callable[[list[float]], Any]] = [np.mean, np.median, lambda t: np.percentile(t, 95)]
     mean, median, p95 = ({name: float(f(t)) for name, t in times.items()} for f in statistics)

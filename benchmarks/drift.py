@@ -44,7 +44,7 @@ def main() -> None:
         after = [test[i] for i in rng.integers(len(test), size=REQUESTS // 2)]
         serve([*before, *after], plain, frozen, audited)
         served = f"{paths[2]}.audit"
-        print(fit(model, paths[3], halves[0], halves[1], served=served, progress=progress))
+        print(fit(model, paths[3], halves[0], served=served, progress=progress))
         whet.compile(model, paths[4], freeze=paths[3], progress=progress)
         again = whet.load(paths[4], threads=1)
         texts = [row.text for row in test]

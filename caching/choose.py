@@ -62,7 +62,8 @@ def choose(trust: Floats, loss: Floats, costs: Costs, budget: float) -> Choice:
     towards that as the budget goes. Within it means: the mean loss plus twice its standard error, so that the budget
     also holds for requests that were not seen (with one, a quarter of fresh samples lost more). For the same reason
     the loss is cross-validated: requests are judged by thresholds that were chosen without them, since the best
-    threshold of many is partly a lucky one.
+    threshold of many is partly a lucky one. No cache answers the requests that it trusts least, right as it may be: who
+    comes later and resembles none of these is to go on.
 
     Args:
         trust: ``(layers, requests)``, in the cache after 0, 1, 2, … layers.

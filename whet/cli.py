@@ -537,7 +537,7 @@ def _add_freeze_fit(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--served",
         metavar="FILE.audit",
-        help="requests that audits kept: half of them are learned from, half chosen on",
+        help="requests that audits kept: half of them are learned from, half chosen on, in place of --held-out",
     )
     sub.add_argument(
         "--format",

@@ -147,23 +147,24 @@ def fit(
     progress = progress or Silent()
     model = import_model(source, **{k: v for k, v in options.items() if k in ("task", "pooling", "tokenizer")})
     check_can_freeze(model)
-    if held_out is None:
+    asked = [] if served is None else audited_requests(served)
+    if served is not None and held_out is not None:
+        raise ValueError("both held_out and served say what to choose on; leave one out")
+    if served is None and held_out is None:
         chosen = np.random.default_rng(0).permutation(len(data)) % HELD_OUT == 0
         held_out = [row for row, out in zip(data, chosen, strict=True) if out]
         data = [row for row, out in zip(data, chosen, strict=True) if not out]
-    for what, rows in (("fit", data), ("choose", held_out)):
-        if len(rows) < _LEAST:
-            raise ValueError(f"there are {len(rows)} requests to {what} on; expected at least {_LEAST}")
+    held_out = held_out or []
+    for what, count in (("fit", len(data)), ("choose", len(held_out) + len(asked[1::2]))):
+        if count < _LEAST:
+            raise ValueError(f"there are {count} requests to {what} on; expected at least {_LEAST}")
 
-    asked = [] if served is None else audited_requests(served)
-    if served is not None and len(asked) < 2 * _LEAST:
-        raise ValueError(f"{served} keeps {len(asked)} requests; expected at least {2 * _LEAST}: audit more of them")
     with tempfile.TemporaryDirectory(prefix="whet-freeze-") as folder:
         probe = _compiled(Path(folder) / "probe.so", source, precision, progress, probe=True, **options)
         with progress.phase("run the model"):
             sizes = _sizes(model)
             seen = _observe(probe, data, asked[::2], *sizes)
-            chosen_on = _observe(probe, [] if asked else held_out, asked[1::2], *sizes)
+            chosen_on = _observe(probe, held_out, asked[1::2], *sizes)
         layers = len(seen.means)
         with progress.phase("fit caches", layers) as advance:
             caches = []
@@ -181,7 +182,7 @@ def fit(
             Path(folder) / "all.so", source, precision, progress, freeze=Path(folder) / "all.freeze", **options
         )
         with progress.phase("take times"):
-            costs = _costs(quiet, looked_up, [_text(row) for row in held_out[:_TIMED]], layers)
+            costs = _costs(quiet, looked_up, [_text(row) for row in (held_out or data)[:_TIMED]], layers)
     with progress.phase("choose places and thresholds"):
         choice = choose(trust, loss, costs, budget)
     kept = [replace(c, threshold=t) for c, t in zip(caches, choice.thresholds, strict=True) if t < NEVER]

@@ -111,7 +111,9 @@ def test_caches_learn_what_was_asked(modules, model, texts, tmp_path):
     again = ["freeze", "fit", str(model), "--precision", "fp32", "--budget", "0.3", "-o", str(tmp_path / "b.freeze")]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     assert cli.main([*again, "--data", str(tmp_path / "texts.txt"), "--served", f"{path}.audit"]) == 0
-    assert inspect(tmp_path / "b.freeze").requests == (580, 100)
+    assert inspect(tmp_path / "b.freeze").requests == (700, 100)
+    with pytest.raises(ValueError, match="both held_out and served say what to choose on"):
+        fit(model, tmp_path / "c.freeze", texts, texts, served=f"{path}.audit")
     (tmp_path / "m.so.audit").write_bytes(b"PK")
     with pytest.raises(ArtifactError, match=r"m\.so\.audit is damaged or keeps no audits"):
         fit(model, tmp_path / "c.freeze", texts, served=f"{path}.audit")

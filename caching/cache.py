@@ -86,9 +86,9 @@ def look_up(means: Floats, *arrays: NDArray[Any], kind: str) -> tuple[Floats, Fl
 
     Returns:
         float32 answers ``(requests, outputs)`` and trust ``(requests,)``. A perceptron's answers are logits, and the
-        trust is their largest softmax probability. Clusters answer with the row of ``answers`` of the
-        nearest centroid c; a score there is ``z · c − |c|² / 2``, and the trust ``1 − |z − c|² · inverse_reach``, so
-        that 0 is as far as the cluster reaches.
+        trust is the difference of their two largest softmax probabilities. Clusters answer with the row of
+        ``answers`` of the nearest centroid c; a score there is ``z · c − |c|² / 2``, and the trust
+        ``1 − |z − c|² · inverse_reach``, so that 0 is as far as the cluster reaches.
 
     """
     scale, shift, rows, row_scale, row_bias, *more = arrays
@@ -96,7 +96,9 @@ def look_up(means: Floats, *arrays: NDArray[Any], kind: str) -> tuple[Floats, Fl
     scores = _scores(z, rows, row_scale, row_bias)
     if kind == "perceptron":
         logits = _scores(np.maximum(scores, 0), *more)
-        return logits, 1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+        exps = np.exp(logits - logits.max(axis=1, keepdims=True))
+        second = np.partition(exps, -2, axis=1)[:, -2] if logits.shape[1] > 1 else 0
+        return logits, (1 - second) / exps.sum(axis=1)
     answers, answer_scale, inverse_reach = more
     nearest = scores.argmax(axis=1)
     square = np.maximum(np.square(z).sum(axis=1) - 2 * scores.max(axis=1), 0)

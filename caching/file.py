@@ -18,7 +18,7 @@ import numpy as np
 
 from whet.caching.cache import ARRAYS, Cache
 
-FORMAT = 4
+FORMAT = 5
 _KIND = "whet freeze"
 
 

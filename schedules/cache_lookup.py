@@ -40,7 +40,7 @@ class LookupSpec:
     and trust ``(ng, 16)`` float32, where unused entries are not written.
 
     perceptron: scores above 0 are its hidden units; the answer is a second three of packed rows, scales and biases
-    times these, the trust its largest softmax probability. clusters: a score is ``z · c − |c|² / 2``, so that the
+    times these, the trust the difference of its two largest softmax probabilities (1 of a single output). clusters: a score is ``z · c − |c|² / 2``, so that the
     largest belongs to the nearest centroid c; then come answers ``(rows, outputs)`` int8, answer_scale ``(rows,)`` and
     inverse_reach ``(rows,)`` float32: the answer is c's row of answers, the trust ``1 − |z − c|² · inverse_reach``.
     """
@@ -171,11 +171,13 @@ def _classify(spec: LookupSpec, isa: Isa, what: tuple[Any, ...], out: tuple[Any,
         T.buffer_store(hidden, T.max(hidden[at], splat(0.0, isa.lanes)), [at])
     scores = named("logits", T.alloc_buffer((padded(spec.outputs),), "float32"))
     _score(isa, hidden, weights, scores)
-    largest = _reduce(spec.outputs, isa, lambda at: scores[at], T.max)
-    # The largest probability is 1 / sum.
+    largest, second = _two_largest(spec.outputs, isa, scores)
     above = splat(largest, isa.lanes)
     total = _reduce(spec.outputs, isa, lambda at: exp(scores[at] - above, isa.lanes), lambda a, b: a + b)
-    T.buffer_store(trust, T.float32(1) / total, list(to))
+    # The largest probability is 1 / total, the next exp(second - largest) / total.
+    ratio = named("ratio", T.alloc_buffer((isa.lanes,), "float32"))
+    T.buffer_store(ratio, exp(splat(second, isa.lanes) - above, isa.lanes), [T.ramp(0, 1, isa.lanes)])
+    T.buffer_store(trust, (T.float32(1) - ratio[0]) / total, list(to))
     _scatter(spec, lambda o: scores[o], answer, to)
 
 
@@ -214,6 +216,28 @@ def _reduce(rows: int, isa: Isa, values: Callable[[Any], Any], combine: Callable
     for i in range(1, TILE):
         result = combine(result, partial[i])
     return T.Bind(result)
+
+
+def _two_largest(rows: int, isa: Isa, scores: Any) -> tuple[Any, Any]:
+    """The largest score and the next, which is the same if two rows have it."""
+    partial = T.alloc_buffer((2, TILE), "float32")
+    with T.serial(isa.parts) as part:
+        first, second = isa.register("float32"), isa.register("float32")
+        lanes = T.ramp(part * isa.lanes, 1, isa.lanes)
+        T.buffer_store(first, scores[lanes], [0])
+        T.buffer_store(second, splat(_LOWEST, isa.lanes), [0])
+        with T.serial(padded(rows) // TILE - 1) as i:
+            score = T.Bind(scores[T.ramp((i + 1) * TILE + part * isa.lanes, 1, isa.lanes)])
+            T.buffer_store(second, T.max(second[0], T.min(first[0], score)), [0])
+            T.buffer_store(first, T.max(first[0], score), [0])
+        for i, register in enumerate((first, second)):
+            T.buffer_store(partial, register[0], [i, lanes])
+    largest, next_one = partial[0, 0], partial[1, 0]
+    for i in range(1, TILE):
+        score = T.Bind(partial[0, i])
+        next_one = T.Bind(T.max(T.max(next_one, partial[1, i]), T.min(largest, score)))
+        largest = T.Bind(T.max(largest, score))
+    return largest, next_one
 
 
 def _scatter(spec: LookupSpec, value: Callable[[Any], Any], answer: Any, to: tuple[Any, Any]) -> None:

@@ -114,8 +114,8 @@ def fit(
     """Fit caches for a model and write them to a file for ``whet.compile(…, freeze=…)``.
 
     A cache looks at the mean of a request's hidden state, behind the embeddings or behind a layer. Learned ones (GATI,
-    arXiv 2101.07344) are linear predictors of the model's answer, distilled from its probabilities and, where they are
-    known, the labels, and trusted by their largest probability. Those of nearest neighbours (Freeze Inference, arXiv
+    arXiv 2101.07344) are perceptrons with the model's answer, distilled from its probabilities and, where they are
+    known, the labels, and trusted by how far the largest probability is above the next. Those of nearest neighbours (Freeze Inference, arXiv
     2002.02645) answer as the nearest of many centroids does, and are trusted by the distance to it. Which places get a
     cache and whom it trusts is chosen on held-out requests, for the least expected time of a single request on this
     machine within the accuracy budget.

@@ -76,7 +76,7 @@ def test_another_version_is_refused(path):
     parts["header"] = np.frombuffer(json.dumps(header).encode(), "uint8")
     with path.open("wb") as file:
         np.savez(file, **parts)
-    with pytest.raises(FreezeError, match="has format 1, this whet reads format 4"):
+    with pytest.raises(FreezeError, match="has format 1, this whet reads format 5"):
         load(path)
 
 

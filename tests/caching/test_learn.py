@@ -16,7 +16,8 @@ def test_it_finds_the_classes_and_their_probabilities():
     wanted = softmax(fresh @ truth.T)
     assert np.abs(softmax(answers) - wanted).mean() < 0.05  # dropout keeps them a little less sure
     assert (answers.argmax(1) == wanted.argmax(1))[wanted.max(1) > 0.6].mean() > 0.98
-    np.testing.assert_allclose(trust, softmax(answers).max(1), rtol=1e-5)
+    *_, second, largest = np.sort(softmax(answers), axis=1).T
+    np.testing.assert_allclose(trust, largest - second, rtol=1e-4, atol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_bits():

@@ -46,7 +46,8 @@ def expected(spec, x, standard, rows, more):
     scores = (rows[0].astype("float64") * rows[1][:, None]) @ z + rows[2]
     if spec.kind == "perceptron":
         logits = (more[0].astype("float64") * more[1][:, None]) @ np.maximum(scores, 0) + more[2]
-        return logits, 1 / np.exp(logits - logits.max()).sum()
+        *_, second, largest = np.sort(np.exp(logits - logits.max()))
+        return logits, (largest - second) / np.exp(logits - logits.max()).sum()
     answers, answer_scale, inverse_reach = more
     centroids = rows[0].astype("float64") * rows[1][:, None]
     distances = ((z - centroids) ** 2).sum(1)

@@ -40,9 +40,10 @@ class LookupSpec:
     and trust ``(ng, 16)`` float32, where unused entries are not written.
 
     perceptron: scores above 0 are its hidden units; the answer is a second three of packed rows, scales and biases
-    times these, the trust the difference of its two largest softmax probabilities (1 of a single output). clusters: a score is ``z · c − |c|² / 2``, so that the
-    largest belongs to the nearest centroid c; then come answers ``(rows, outputs)`` int8, answer_scale ``(rows,)`` and
-    inverse_reach ``(rows,)`` float32: the answer is c's row of answers, the trust ``1 − |z − c|² · inverse_reach``.
+    times these, the trust the difference of its two largest softmax probabilities (1 of a single output). clusters: a
+    score is ``z · c − |c|² / 2``, so that the largest belongs to the nearest centroid c; then come answers
+    ``(rows, outputs)`` int8, answer_scale ``(rows,)`` and inverse_reach ``(rows,)`` float32: the answer is c's row of
+    answers, the trust ``1 − |z − c|² · inverse_reach``.
     """
 
     channels: int

@@ -115,10 +115,10 @@ def fit(
 
     A cache looks at the mean of a request's hidden state, behind the embeddings or behind a layer. Learned ones (GATI,
     arXiv 2101.07344) are perceptrons with the model's answer, distilled from its probabilities and, where they are
-    known, the labels, and trusted by how far the largest probability is above the next. Those of nearest neighbours (Freeze Inference, arXiv
-    2002.02645) answer as the nearest of many centroids does, and are trusted by the distance to it. Which places get a
-    cache and whom it trusts is chosen on held-out requests, for the least expected time of a single request on this
-    machine within the accuracy budget.
+    known, the labels, and trusted by how far the largest probability is above the next. Those of nearest neighbours
+    (Freeze Inference, arXiv 2002.02645) answer as the nearest of many centroids does, and are trusted by the distance
+    to it. Which places get a cache and whom it trusts is chosen on held-out requests, for the least expected time of a
+    single request on this machine within the accuracy budget.
 
     Args:
         source: as of ``whet.compile``; a classifier.

@@ -40,6 +40,7 @@ class Freeze:
     """Of the model."""
     allowed_loss: float
     budget: float
+    leave: tuple[float, ...]
     """For audits, see the same of ``whet.runtime.metadata.Metadata``."""
     caches: tuple[Cache, ...]
     fitted: dict[str, Any]
@@ -107,6 +108,9 @@ def load(path: str | PathLike[str]) -> Freeze:
         )
         identity = header["model"], header["weights"], header["precision"]
         losses = float(header["allowed_loss"]), float(header["budget"])
-        return Freeze(*identity, int(header["layers"]), *losses, caches, header["fitted"])
+        leave = tuple(float(share) for share in header["leave"])
+        if leave and len(leave) != len(caches) + 1:
+            raise ValueError(f"{len(leave)} shares of {len(caches)} caches and the end")
+        return Freeze(*identity, int(header["layers"]), *losses, leave, caches, header["fitted"])
     except (KeyError, TypeError, ValueError) as error:
         raise FreezeError(f"{path} is malformed ({error}); fit it again: whet freeze fit") from error

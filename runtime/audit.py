@@ -9,6 +9,10 @@ audited. So caches that come to err answer less, and those that recover answer a
 than when it was fitted. The loss of a request is what the model itself expects it to be: by how much the probability of
 the cache's class is below that of its own.
 
+Audits are few, so that errors show late. Sooner it shows that requests are others, by where all of them leave
+(``whet.runtime.change``): then no cache is trusted until enough of the new ones have been audited, and those of before
+are no evidence any more.
+
 Their token ids are kept, too, so that caches can be fitted again on what the module is asked: :func:`audited_requests`.
 """
 
@@ -27,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from whet.runtime.change import ChangeDetector
 from whet.runtime.metadata import ArtifactError
 
 if TYPE_CHECKING:
@@ -39,7 +44,7 @@ WINDOW = 1000
 RECENT = (25, 100, WINDOW)
 """So many of the newest are judged by themselves: a change shows sooner."""
 LEAST = 50
-"""Audited requests before they say anything."""
+"""Audited requests, since requests changed, before they say anything."""
 ALARMED = 10
 """Times as many requests are audited while thresholds are raised: what to trust then must be learned soon."""
 _ERRORS = 2.0
@@ -48,7 +53,7 @@ _QUEUE = 256
 """Requests that wait for their audit; more are let go."""
 _SAVE_EVERY = 32
 _LEVELS = np.linspace(0.0, 1.0, 51)
-_FORMAT = 2
+_FORMAT = 3
 _KIND = "whet audit"
 
 NEVER = float(np.finfo(np.float32).max)
@@ -82,6 +87,8 @@ class Auditor:
         self.share = share
         self.alarmed = False
         """Whether thresholds are raised."""
+        self.changes = 0
+        """How often requests were found to have changed, in this process."""
         self.path = path
         self.count = 0
         """Requests audited by this process."""
@@ -94,6 +101,10 @@ class Auditor:
         self._requests: list[Request] = []
         """The same requests, in the same places."""
         self._added = 0
+        self._change: int | None = None
+        """How many had been added when requests last changed; None where they are those of the fit."""
+        self._detector = ChangeDetector(engine.metadata.leave) if engine.metadata.leave else None
+        self._places = {layers: place for place, layers in enumerate(engine.metadata.exits)}
         self._queue: Queue[Request] = Queue(_QUEUE)
         self._process = 0
         self._start = threading.Lock()
@@ -107,6 +118,11 @@ class Auditor:
         if not self._added or self._engine.thresholds is None:
             return float("nan")
         return float(_losses(self._engine.thresholds, *self._seen()).mean())
+
+    @property
+    def _evidence(self) -> int:
+        """How many of the newest requests say something about those that are to come."""
+        return min(self._added - (self._change or 0), WINDOW)
 
     def _newest(self, count: int = WINDOW) -> NDArray[np.intp]:
         """The places of the newest requests, oldest first."""
@@ -123,8 +139,11 @@ class Auditor:
         self._requests[place : place + 1] = [request]
         self._added += 1
 
-    def offer(self, ids: NDArray[Any], lengths: NDArray[Any], positions: NDArray[Any], types: Any) -> None:
-        """Take a share of the requests of a call."""
+    def offer(
+        self, ids: NDArray[Any], lengths: NDArray[Any], positions: NDArray[Any], types: Any, left: NDArray[Any]
+    ) -> None:
+        """Take a share of the requests of a call, which left after so many layers ``(requests,)``."""
+        self._watch(left)
         start = 0
         share = self.share * (ALARMED if self.alarmed else 1)
         for length in lengths.tolist():
@@ -137,6 +156,19 @@ class Auditor:
                 except Full:
                     self.dropped += 1
             start += length
+
+    def _watch(self, left: NDArray[Any]) -> None:
+        """Trust nothing, and forget what audits said, if requests have changed.
+
+        Without a lock, which a fork could leave locked: an audit at the same moment may trust caches once more, the
+        next one does not.
+        """
+        if self._detector is None or self.alarmed:  # where thresholds are raised others leave, elsewhere
+            return
+        if self._detector.saw(self._places[layers] for layers in left.tolist()):
+            self._change = self._added
+            self.changes += 1
+            self._set(np.full_like(self._fitted, NEVER))
 
     def wait(self) -> None:
         """Until all requests that were taken have been audited, and the state is written."""
@@ -183,28 +215,39 @@ class Auditor:
         return trust, loss
 
     def _apply(self) -> bool:
-        """Set the session's thresholds; returns whether they changed."""
-        thresholds = self._engine.thresholds
-        assert thresholds is not None
-        new = self._fitted
-        if self._added >= LEAST:
-            metadata = self._engine.metadata
-            for count in RECENT:
-                trust, loss = self._seen(count)
-                lost = _losses(self._fitted, trust, loss)
-                if lost.mean() - _ERRORS * lost.std() / np.sqrt(len(lost)) > metadata.allowed_loss:
-                    new = np.maximum(new, tightened(self._fitted, trust, loss, metadata.budget))
-        self.alarmed = new is not self._fitted
-        changed = not np.array_equal(thresholds, new)
-        thresholds[:] = new
+        """Set the session's thresholds by what audits have seen; returns whether they changed."""
+        evidence = self._evidence
+        if evidence < LEAST:
+            return self._set(self._fitted if self._change is None else np.full_like(self._fitted, NEVER))
+        new, metadata = self._fitted, self._engine.metadata
+        for count in RECENT:
+            trust, loss = self._seen(min(count, evidence))
+            lost = _losses(self._fitted, trust, loss)
+            if lost.mean() - _ERRORS * lost.std() / np.sqrt(len(lost)) > metadata.allowed_loss:
+                new = np.maximum(new, tightened(self._fitted, trust, loss, metadata.budget))
+        if self._change is not None and self._detector is not None:
+            # Those that came are now what is expected: they may be others and yet answered well.
+            trusted = np.column_stack([self._seen(evidence)[0] >= self._fitted, np.ones(evidence, np.bool_)])
+            places = np.bincount(trusted.argmax(axis=1), minlength=len(self._fitted) + 1)
+            self._detector.expect((places / evidence).tolist())
+        return self._set(new)
+
+    def _set(self, thresholds: NDArray[Any]) -> bool:
+        """Serve by these thresholds; returns whether they are others than before."""
+        now = self._engine.thresholds
+        assert now is not None
+        self.alarmed = not np.array_equal(thresholds, self._fitted)
+        changed = not np.array_equal(thresholds, now)
+        now[:] = thresholds
         return changed
 
     # The file.
 
     def _save(self) -> None:
-        header = {"kind": _KIND, "format": _FORMAT, "module": self._digest.hex()}
         trust, loss = self._seen()
         requests = [self._requests[place] for place in self._newest()]
+        changed = None if self._change is None else self._evidence
+        header = {"kind": _KIND, "format": _FORMAT, "module": self._digest.hex(), "since_change": changed}
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             with partial.open("wb") as file:
@@ -223,7 +266,8 @@ class Auditor:
             partial.unlink(missing_ok=True)
 
     def _load(self) -> None:
-        module, trust, loss, requests = _read(self.path)
+        header, trust, loss, requests = _read(self.path)
+        module, changed = header["module"], header["since_change"]
         if module != self._digest.hex():
             raise ArtifactError(
                 f"{self.path} keeps audits of another module than {self._engine.path}, such as one that was compiled "
@@ -233,6 +277,7 @@ class Auditor:
             raise ArtifactError(f"{self.path} keeps audits of another number of caches; delete it to start anew")
         for one in zip(requests[-WINDOW:], trust[-WINDOW:], loss[-WINDOW:], strict=True):
             self._add(*one)
+        self._change = None if changed is None else self._added - changed
 
 
 def audited_requests(path: str | os.PathLike[str]) -> list[Request]:
@@ -240,8 +285,8 @@ def audited_requests(path: str | os.PathLike[str]) -> list[Request]:
     return _read(Path(path))[3]
 
 
-def _read(path: Path) -> tuple[str, NDArray[np.float64], NDArray[np.float64], list[Request]]:
-    """The digest of the module, trust and loss ``(requests, caches)``, and the requests."""
+def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.float64], NDArray[np.float64], list[Request]]:
+    """The header, trust and loss ``(requests, caches)``, and the requests."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             header = json.loads(archive["header"].tobytes())
@@ -260,7 +305,9 @@ def _read(path: Path) -> tuple[str, NDArray[np.float64], NDArray[np.float64], li
         if trust.shape != loss.shape or trust.ndim != 2 or len(trust) != len(lengths):
             raise ValueError("its parts do not fit together")
         split = np.split(tokens.reshape(3, lengths.sum()), np.cumsum(lengths)[:-1], axis=1) if len(lengths) else []
-        return str(header["module"]), trust.astype(np.float64), loss.astype(np.float64), [Request(*r) for r in split]
+        if not isinstance(header["module"], str) or not isinstance(header["since_change"], int | None):
+            raise ValueError("its header does not")
+        return header, trust.astype(np.float64), loss.astype(np.float64), [Request(*r) for r in split]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is malformed ({error}); delete it to start anew") from error
 

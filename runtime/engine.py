@@ -173,7 +173,7 @@ class Engine:
         """Run whole requests. Positions have been checked."""
         rows = self.traced(ids, lengths, positions, types)
         if self.auditor is not None:
-            self.auditor.offer(ids, lengths, positions, types)
+            self.auditor.offer(ids, lengths, positions, types, rows[:, -2])
         return np.ascontiguousarray(rows[:, : self.metadata.output.channels])
 
     def traced(

@@ -95,6 +95,8 @@ class Metadata:
     """Mean over all requests of ``whet.runtime.audit.expected_loss`` above which audits raise thresholds."""
     budget: float = 0.0
     """What they then bring it down to."""
+    leave: tuple[float, ...] = ()
+    """Shares of requests that leave at each of ``exits`` as long as they are like those that caches were fitted to."""
     entry: str = "main"
     """Name of the function that runs the model."""
     workspace_per_tile: int = 0
@@ -163,7 +165,7 @@ def _parse(document: dict[str, Any]) -> Metadata:
         if known.get("records") is not None:
             known["records"] = Records(**known["records"])
         known["weights"] = tuple(Weight(**{**w, "shape": tuple(w["shape"])}) for w in known.get("weights", ()))
-        for name in ("inputs", "labels", "cpu_flags", "exits", "report", "notes"):
+        for name in ("inputs", "labels", "cpu_flags", "exits", "leave", "report", "notes"):
             known[name] = tuple(known.get(name, ()))
         return Metadata(**known)
     except (TypeError, KeyError, ValueError) as error:

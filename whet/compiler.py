@@ -429,6 +429,7 @@ def _metadata(
         exits=(*(cache.layer for cache in frozen.caches), frozen.layers) if frozen else (),
         allowed_loss=frozen.allowed_loss if frozen else 0.0,
         budget=frozen.budget if frozen else 0.0,
+        leave=frozen.leave if frozen else (),
         weights=tuple(weights),
         notes=notes,
         **more,

@@ -40,6 +40,13 @@ _LEAST = 100
 """Requests, to fit on and to choose on."""
 _TIMED, _REPEATS = 64, 5
 """Requests whose time is taken, one by one, and runs of each, of which the fastest counts."""
+_THINNED = 2
+"""Copies of each request that learned caches are fitted to, each with some of its tokens left out. Of requests that it
+was trained on a model's hidden states tell more than of those to come; of these copies they do not."""
+_LEFT_OUT = (0.1, 0.3)
+"""Share of the tokens of such a copy, drawn evenly between."""
+_AT_ONCE = 512
+"""Requests that are run between two signs of progress."""
 _LEAST_PROBABILITY = 1e-4
 """Of an answer of a cluster, before its logarithm is taken."""
 
@@ -161,10 +168,10 @@ def fit(
 
     with tempfile.TemporaryDirectory(prefix="whet-freeze-") as folder:
         probe = _compiled(Path(folder) / "probe.so", source, precision, progress, probe=True, **options)
-        with progress.phase("run the model"):
-            sizes = _sizes(model)
-            seen = _observe(probe, data, asked[::2], *sizes)
-            chosen_on = _observe(probe, held_out, asked[1::2], *sizes)
+        sizes = _sizes(model)
+        copies = _THINNED if kind == "learned" else 0
+        seen = _observe(probe, data, asked[::2], *sizes, copies, progress)
+        chosen_on = _observe(probe, held_out, asked[1::2], *sizes, 0, progress)
         layers = len(seen.means)
         with progress.phase("fit caches", layers) as advance:
             caches = []
@@ -176,7 +183,7 @@ def fit(
         loss = _losses(answers, chosen_on)
         right, plain = (logits.argmax(axis=-1) == chosen_on.labels for logits in (answers, chosen_on.logits))
         identity = (model.name, digest_of(model.module), precision, layers)
-        save(Freeze(*identity, 0.0, 0.0, tuple(caches), {}), Path(folder) / "all.freeze")
+        save(Freeze(*identity, 0.0, 0.0, (), tuple(caches), {}), Path(folder) / "all.freeze")
         quiet = _compiled(Path(folder) / "plain.so", source, precision, progress, **options)
         looked_up = _compiled(
             Path(folder) / "all.so", source, precision, progress, freeze=Path(folder) / "all.freeze", **options
@@ -200,7 +207,7 @@ def fit(
         layer_microseconds=costs.layer,
         cache_microseconds=costs.cache,
         speedup=choice.plain_cost / choice.cost,
-        requests=(len(seen.labels), len(chosen_on.labels)),
+        requests=(len(data) + len(asked[::2]), len(chosen_on.labels)),
     )
     expected = np.array(
         [
@@ -209,7 +216,8 @@ def fit(
         ]
     )
     allowed = judge(np.array(choice.thresholds), trust, expected, costs).loss + budget
-    save(Freeze(*identity, allowed, budget, tuple(kept), asdict(report)), output)
+    leave = *(choice.leave[cache.layer] for cache in kept), choice.leave[-1]
+    save(Freeze(*identity, allowed, budget, leave, tuple(kept), asdict(report)), output)
     return report
 
 
@@ -266,26 +274,51 @@ def _text(row: LabelledText | Text) -> Text:
     return row.text if isinstance(row, LabelledText) else row
 
 
+def _requests(probe: Session, rows: Sequence[LabelledText | Text]) -> list[Request]:
+    found = probe.requests([_text(row) for row in rows])
+    return [Request(ids, np.arange(len(ids)), types) for ids, types in found]
+
+
+def _thinned(request: Request, special: NDArray[Any], rng: np.random.Generator) -> Request:
+    """The request without some of its tokens, those excepted that every request has."""
+    kept = (rng.random(len(request.ids)) >= rng.uniform(*_LEFT_OUT)) | np.isin(request.ids, special)
+    types = None if request.types is None else request.types[kept]
+    return Request(request.ids[kept], np.arange(kept.sum()), types)
+
+
 def _observe(
-    probe: Session, rows: Sequence[LabelledText | Text], served: Sequence[Request], classes: int, channels: int
+    probe: Session,
+    rows: Sequence[LabelledText | Text],
+    served: Sequence[Request],
+    classes: int,
+    channels: int,
+    copies: int,
+    progress: Progress,
 ) -> _Observed:
-    shown = probe.logits([_text(row) for row in rows])
-    if served:
-        ids, positions, types = (np.concatenate(part) for part in zip(*served, strict=True))
-        lengths = np.array([len(request.ids) for request in served])
-        shown = np.concatenate([shown, probe.run_packed(ids, lengths, positions, types)])
+    """Run rows of data, and requests that were served, and so many thinned copies of all of them."""
+    labels = [row.label for row in rows if isinstance(row, LabelledText)]
+    if labels and len(labels) < len(rows):
+        raise ValueError(f"{len(labels)} of {len(rows)} requests have labels; expected all or none")
+    known = np.full((1 + copies, len(rows) + len(served)), -1)
+    known[:, : len(labels)] = [class_of(label, probe.metadata.labels, classes) for label in labels]
+    requests = [*_requests(probe, rows), *served]
+    rng = np.random.default_rng(0)
+    (special,) = _requests(probe, [""])
+    requests += [_thinned(request, special.ids, rng) for request in requests * copies]
+    parts = []
+    with progress.phase("run the model", len(requests)) as advance:
+        for start in range(0, len(requests), _AT_ONCE):
+            chunk = requests[start : start + _AT_ONCE]
+            ids, positions, types = (np.concatenate(part) for part in zip(*chunk, strict=True))
+            parts.append(probe.run_packed(ids, [len(request.ids) for request in chunk], positions, types))
+            advance(start + len(chunk))
+    shown = np.concatenate(parts)
     states, logits = shown[:, :-classes], shown[:, -classes:]
-    probabilities = softmax(logits)
-    labels = logits.argmax(axis=1)
-    targets = probabilities.copy()
-    known = [row.label for row in rows if isinstance(row, LabelledText)]
-    if known:
-        if len(known) < len(rows):
-            raise ValueError(f"{len(known)} of {len(rows)} requests have labels; expected all or none")
-        labels[: len(rows)] = [class_of(label, probe.metadata.labels, classes) for label in known]
-        right = np.eye(classes, dtype=np.float32)[labels[: len(rows)]]
-        targets[: len(rows)] = (probabilities[: len(rows)] + right) / 2
-    return _Observed(np.split(states, states.shape[1] // channels, axis=1), logits, labels, targets)
+    told = known.reshape(-1)
+    targets = softmax(logits)
+    targets[told >= 0] = (targets[told >= 0] + np.eye(classes, dtype=np.float32)[told[told >= 0]]) / 2
+    right = np.where(told < 0, logits.argmax(axis=1), told)
+    return _Observed(np.split(states, states.shape[1] // channels, axis=1), logits, right, targets)
 
 
 def _costs(plain: Session, asked: Session, texts: Sequence[Text], layers: int) -> Costs:

@@ -21,7 +21,7 @@ def example():
     perceptron = (floats(8), floats(8), ints(4, 8), floats(4), floats(4), ints(3, 4), floats(3), floats(3))
     clusters = (floats(8), floats(8), ints(5, 8), floats(5), floats(5), ints(5, 3), floats(5), floats(5))
     caches = (Cache(0, "perceptron", perceptron, 0.6), Cache(3, "clusters", clusters, 0.0))
-    return Freeze("bank", "ab12", "int8", 4, 0.02, 0.005, caches, {"accuracy": 0.9})
+    return Freeze("bank", "ab12", "int8", 4, 0.02, 0.005, (0.7, 0.2, 0.1), caches, {"accuracy": 0.9})
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def path(tmp_path):
 def test_round_trip(path):
     found, wanted = load(path), example()
     assert (found.model, found.weights, found.precision, found.fitted) == ("bank", "ab12", "int8", {"accuracy": 0.9})
-    assert (found.layers, found.allowed_loss, found.budget) == (4, 0.02, 0.005)
+    assert (found.layers, found.allowed_loss, found.budget, found.leave) == (4, 0.02, 0.005, (0.7, 0.2, 0.1))
     for a, b in zip(found.caches, wanted.caches, strict=True):
         assert (a.layer, a.kind, a.threshold) == (b.layer, b.kind, b.threshold)
         for x, y in zip(a.arrays, b.arrays, strict=True):
@@ -42,7 +42,7 @@ def test_round_trip(path):
 
 
 def test_no_caches(tmp_path):
-    save(Freeze("bank", "ab12", "int8", 4, 0.02, 0.005, (), {}), tmp_path / "none.freeze")
+    save(Freeze("bank", "ab12", "int8", 4, 0.02, 0.005, (), (), {}), tmp_path / "none.freeze")
     assert load(tmp_path / "none.freeze").caches == ()
 
 

@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 
 WINDOW = 1000
 """Audited requests that thresholds follow from."""
+KEPT = 4000
+"""Audited requests that are kept, to fit caches again: a few hundred say too little of a loss below half a point."""
 RECENT = (25, 100, WINDOW)
 """So many of the newest are judged by themselves: a change shows sooner."""
 LEAST = 50
@@ -96,8 +98,8 @@ class Auditor:
         """Requests that were chosen, but came while too many waited."""
         self._engine, self._twin, self._digest = engine, twin, digest
         self._fitted: NDArray[Any] = twin.thresholds.copy()
-        self._kept = np.empty((WINDOW, 2, len(self._fitted)))
-        """Trust and loss of each cache, of the last requests, overwritten in turns."""
+        self._kept = np.empty((KEPT, 2, len(self._fitted)))
+        """Trust and loss of each cache, of the newest requests, overwritten in turns."""
         self._requests: list[Request] = []
         """The same requests, in the same places."""
         self._added = 0
@@ -114,7 +116,7 @@ class Auditor:
 
     @property
     def loss(self) -> float:
-        """Mean loss of the audited requests that are remembered, with the thresholds of now; NaN before the first."""
+        """Mean loss of the last 1000 audited requests, with the thresholds of now; NaN before the first."""
         if not self._added or self._engine.thresholds is None:
             return float("nan")
         return float(_losses(self._engine.thresholds, *self._seen()).mean())
@@ -126,7 +128,7 @@ class Auditor:
 
     def _newest(self, count: int = WINDOW) -> NDArray[np.intp]:
         """The places of the newest requests, oldest first."""
-        return np.arange(max(0, self._added - min(count, WINDOW)), self._added) % WINDOW
+        return np.arange(max(0, self._added - min(count, KEPT)), self._added) % KEPT
 
     def _seen(self, count: int = WINDOW) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Trust and loss ``(requests, caches)`` of the newest requests."""
@@ -134,7 +136,7 @@ class Auditor:
         return kept[:, 0], kept[:, 1]
 
     def _add(self, request: Request, trust: NDArray[Any], loss: NDArray[Any]) -> None:
-        place = self._added % WINDOW
+        place = self._added % KEPT
         self._kept[place] = trust, loss
         self._requests[place : place + 1] = [request]
         self._added += 1
@@ -244,8 +246,8 @@ class Auditor:
     # The file.
 
     def _save(self) -> None:
-        trust, loss = self._seen()
-        requests = [self._requests[place] for place in self._newest()]
+        trust, loss = self._seen(KEPT)
+        requests = [self._requests[place] for place in self._newest(KEPT)]
         changed = None if self._change is None else self._evidence
         header = {"kind": _KIND, "format": _FORMAT, "module": self._digest.hex(), "since_change": changed}
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
@@ -275,7 +277,7 @@ class Auditor:
             )
         if trust.shape[1:] != (len(self._fitted),):
             raise ArtifactError(f"{self.path} keeps audits of another number of caches; delete it to start anew")
-        for one in zip(requests[-WINDOW:], trust[-WINDOW:], loss[-WINDOW:], strict=True):
+        for one in zip(requests[-KEPT:], trust[-KEPT:], loss[-KEPT:], strict=True):
             self._add(*one)
         self._change = None if changed is None else self._added - changed
 

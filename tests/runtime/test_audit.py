@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from whet.runtime import audit
 from whet.runtime.audit import LEAST, WINDOW, Auditor, audited_requests, expected_loss, tightened
 from whet.runtime.metadata import ArtifactError
 
@@ -73,9 +74,10 @@ def test_what_was_seen_survives(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.so.audit"]
 
 
-def test_the_newest_requests_are_kept_in_their_order(tmp_path):
+def test_the_newest_requests_are_kept_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "KEPT", 300)
     _, watched = auditor(tmp_path)
-    for i in range(WINDOW + 10):
+    for i in range(310):
         length = 2 + i % 3
         types = None if i % 2 else np.ones(length, int)
         watched.offer(np.full(length, i), np.array([length]), np.arange(length), types, np.zeros(1))
@@ -83,7 +85,7 @@ def test_the_newest_requests_are_kept_in_their_order(tmp_path):
             watched.wait()
     watched.wait()
     kept = audited_requests(tmp_path / "m.so.audit")
-    for i, request in zip(range(10, WINDOW + 10), kept, strict=True):
+    for i, request in zip(range(10, 310), kept, strict=True):
         np.testing.assert_array_equal(request.ids, [i] * (2 + i % 3))
         np.testing.assert_array_equal(request.positions, np.arange(2 + i % 3))
         np.testing.assert_array_equal(request.types, [1 - i % 2] * (2 + i % 3))

@@ -60,8 +60,8 @@ def serve(rows: list[LabelledText], plain: whet.Session, frozen: whet.Session, a
     auditor, thresholds = audited.auditor, audited.thresholds
     assert auditor is not None and thresholds is not None
     print(f"an audit of {AUDIT:.0%} allows a loss of {audited.metadata.allowed_loss:.4f}")
-    print("| requests | plain | caches | audited | leave early | audited loss | thresholds |")
-    print("|---|---|---|---|---|---|---|")
+    print("| requests | plain | caches | audited | leave early | audited loss | changes seen | thresholds |")
+    print("|---|---|---|---|---|---|---|---|")
     for start in range(0, len(rows), WINDOW):
         part = rows[start : start + WINDOW]
         texts = [row.text for row in part]
@@ -74,7 +74,9 @@ def serve(rows: list[LabelledText], plain: whet.Session, frozen: whet.Session, a
         numbers = " ".join("never" if t > 1e9 else f"{t:.3f}" for t in thresholds)
         accuracy = " | ".join(f"{score:.3f}" for score in scores)
         print(
-            f"| {start + len(part)} | {accuracy} | {np.mean(leave):.1%} | {auditor.loss:.4f} | {numbers} |", flush=True
+            f"| {start + len(part)} | {accuracy} | {np.mean(leave):.1%} | {auditor.loss:.4f} | {auditor.changes} "
+            f"| {numbers} |",
+            flush=True,
         )
 
 

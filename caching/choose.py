@@ -21,7 +21,7 @@ _PRICES = np.geomspace(0.02, 5000.0, 40)
 _STEPS = 20
 _ERRORS = 2.0
 """Standard errors between a loss and the budget."""
-_UNLIKE = 0.05
+_UNLIKE = 0.1
 """Share of requests, those that it trusts least, that no cache answers: requests unlike all that it was fitted to are
 trusted less than most."""
 

@@ -1,17 +1,16 @@
 """Audits of early answers: a share of requests is answered again by all layers, and caches that err are trusted less.
 
 What a request's caches would have said, each by itself, and what the model says, is kept for the last audited requests.
-The thresholds are a function of these alone: those that the module was compiled with unless, with them, the loss is
-above what the module allows by more than chance, over all of them or over the newest. Then the requests are not those
-that the caches were fitted to, and what these were allowed is no measure any more: the thresholds are raised together,
-each to the same quantile of the trust that its cache gave, until the loss is within the budget, and more requests are
-audited. So caches that come to err answer less, and those that recover answer again; and nothing is ever trusted more
-than when it was fitted. The loss of a request is what the model itself expects it to be: by how much the probability of
-the cache's class is below that of its own.
+The loss of a request is what the model itself expects it to be: by how much the probability of the cache's class is
+below that of its own. The thresholds are those that the module was compiled with until requests change. That shows in
+two ways: the newest audits lose more than the module allows, by more than chance; or, sooner, since audits are few,
+requests leave elsewhere than they did (``whet.runtime.change``).
 
-Audits are few, so that errors show late. Sooner it shows that requests are others, by where all of them leave
-(``whet.runtime.change``): then no cache is trusted until enough of the new ones have been audited, and those of before
-are no evidence any more.
+After a change what was audited before is no evidence any more, and more requests are audited. The thresholds are raised
+together, each to the same quantile of the trust that its cache gave, until the loss is within the budget, were one more
+of the audited requests lost: so at first nothing is trusted. They are those of before again when with them the loss is
+what the module allows. So caches that come to err answer less, and those that recover answer again; and nothing is ever
+trusted more than when it was fitted.
 
 Their token ids are kept, too, so that caches can be fitted again on what the module is asked: :func:`audited_requests`.
 """
@@ -46,7 +45,7 @@ KEPT = 4000
 RECENT = (25, 100, WINDOW)
 """So many of the newest are judged by themselves: a change shows sooner."""
 LEAST = 50
-"""Audited requests, since requests changed, before they say anything."""
+"""Audited requests, since requests changed, before thresholds can be lowered, or raised for the first time."""
 ALARMED = 10
 """Times as many requests are audited while thresholds are raised: what to trust then must be learned soon."""
 _ERRORS = 2.0
@@ -88,7 +87,7 @@ class Auditor:
             raise ValueError(f"audits of {engine.path} are kept in {path}, which can't be written; make it writable")
         self.share = share
         self.alarmed = False
-        """Whether thresholds are raised."""
+        """Whether requests have changed, and thresholds are raised."""
         self.changes = 0
         """How often requests were found to have changed, in this process."""
         self.path = path
@@ -160,7 +159,7 @@ class Auditor:
             start += length
 
     def _watch(self, left: NDArray[Any]) -> None:
-        """Trust nothing, and forget what audits said, if requests have changed.
+        """Trust nothing if requests have changed.
 
         Without a lock, which a fork could leave locked: an audit at the same moment may trust caches once more, the
         next one does not.
@@ -168,8 +167,7 @@ class Auditor:
         if self._detector is None or self.alarmed:  # where thresholds are raised others leave, elsewhere
             return
         if self._detector.saw(self._places[layers] for layers in left.tolist()):
-            self._change = self._added
-            self.changes += 1
+            self._changed(self._added)
             self._set(np.full_like(self._fitted, NEVER))
 
     def wait(self) -> None:
@@ -218,27 +216,47 @@ class Auditor:
 
     def _apply(self) -> bool:
         """Set the session's thresholds by what audits have seen; returns whether they changed."""
-        evidence = self._evidence
-        if evidence < LEAST:
-            return self._set(self._fitted if self._change is None else np.full_like(self._fitted, NEVER))
-        new, metadata = self._fitted, self._engine.metadata
-        for count in RECENT:
-            trust, loss = self._seen(min(count, evidence))
-            lost = _losses(self._fitted, trust, loss)
-            if lost.mean() - _ERRORS * lost.std() / np.sqrt(len(lost)) > metadata.allowed_loss:
-                new = np.maximum(new, tightened(self._fitted, trust, loss, metadata.budget))
-        if self._change is not None and self._detector is not None:
-            # Those that came are now what is expected: they may be others and yet answered well.
-            trusted = np.column_stack([self._seen(evidence)[0] >= self._fitted, np.ones(evidence, np.bool_)])
-            places = np.bincount(trusted.argmax(axis=1), minlength=len(self._fitted) + 1)
-            self._detector.expect((places / evidence).tolist())
-        return self._set(new)
+        if not self.alarmed:
+            shown = next((count for count in RECENT if self._loses(min(count, self._evidence))), None)
+            if shown is None:
+                self._expect()
+                return self._set(self._fitted)
+            self._changed(self._added - min(shown, self._evidence))
+        if self._evidence < LEAST:
+            return self._set(np.full_like(self._fitted, NEVER))
+        metadata, seen = self._engine.metadata, self._seen(self._evidence)
+        if _bound(self._fitted, *seen) > metadata.allowed_loss:
+            return self._set(tightened(self._fitted, *seen, metadata.budget))
+        self.alarmed = False
+        self._expect()
+        return self._set(self._fitted)
+
+    def _expect(self) -> None:
+        """After a change, take for granted where those leave that came since: they are others, and answered well."""
+        if self._change is None or self._detector is None:
+            return
+        trust, _ = self._seen(self._evidence)
+        trusted = np.column_stack([trust >= self._fitted, np.ones(len(trust), np.bool_)])
+        places = np.bincount(trusted.argmax(axis=1), minlength=len(self._fitted) + 1)
+        self._detector.expect((places / len(trust)).tolist())
+
+    def _loses(self, count: int) -> bool:
+        """Whether the newest requests lose more than is allowed, by more than chance."""
+        if self._evidence < LEAST:
+            return False
+        lost = _losses(self._fitted, *self._seen(count))
+        return bool(lost.mean() - _ERRORS * lost.std() / np.sqrt(count) > self._engine.metadata.allowed_loss)
+
+    def _changed(self, since: int) -> None:
+        """Take requests for others since so many had been added."""
+        self._change = since
+        self.changes += 1
+        self.alarmed = True
 
     def _set(self, thresholds: NDArray[Any]) -> bool:
         """Serve by these thresholds; returns whether they are others than before."""
         now = self._engine.thresholds
         assert now is not None
-        self.alarmed = not np.array_equal(thresholds, self._fitted)
         changed = not np.array_equal(thresholds, now)
         now[:] = thresholds
         return changed
@@ -249,7 +267,8 @@ class Auditor:
         trust, loss = self._seen(KEPT)
         requests = [self._requests[place] for place in self._newest(KEPT)]
         changed = None if self._change is None else self._evidence
-        header = {"kind": _KIND, "format": _FORMAT, "module": self._digest.hex(), "since_change": changed}
+        header = {"kind": _KIND, "format": _FORMAT, "module": self._digest.hex()}
+        header |= {"since_change": changed, "alarmed": self.alarmed}
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             with partial.open("wb") as file:
@@ -280,6 +299,7 @@ class Auditor:
         for one in zip(requests[-KEPT:], trust[-KEPT:], loss[-KEPT:], strict=True):
             self._add(*one)
         self._change = None if changed is None else self._added - changed
+        self.alarmed = header["alarmed"]
 
 
 def audited_requests(path: str | os.PathLike[str]) -> list[Request]:
@@ -307,7 +327,8 @@ def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.float64], NDArray[np.f
         if trust.shape != loss.shape or trust.ndim != 2 or len(trust) != len(lengths):
             raise ValueError("its parts do not fit together")
         split = np.split(tokens.reshape(3, lengths.sum()), np.cumsum(lengths)[:-1], axis=1) if len(lengths) else []
-        if not isinstance(header["module"], str) or not isinstance(header["since_change"], int | None):
+        types = ("module", str), ("since_change", int | None), ("alarmed", bool)
+        if not all(isinstance(header[name], kind) for name, kind in types):
             raise ValueError("its header does not")
         return header, trust.astype(np.float64), loss.astype(np.float64), [Request(*r) for r in split]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -331,17 +352,23 @@ def expected_loss(classes: NDArray[np.intp], logits: NDArray[Any]) -> NDArray[np
 
 
 def tightened(fitted: NDArray[Any], trust: NDArray[Any], loss: NDArray[Any], allowed: float) -> NDArray[np.float32]:
-    """The least raised thresholds ``(caches,)`` whose mean loss over audited requests is at most ``allowed``.
+    """The least raised thresholds ``(caches,)`` whose loss over audited requests is at most ``allowed``.
 
-    ``trust`` and ``loss`` are ``(requests, caches)``.
+    That is their mean, were one more of them lost: few requests prove little. ``trust`` and ``loss`` are
+    ``(requests, caches)``.
     """
     thresholds = fitted
     for level in _LEVELS:
         raised = np.quantile(trust, level, axis=0) if level < 1 else np.full(len(fitted), NEVER)
         thresholds = np.maximum(fitted, raised) if level > 0 else fitted
-        if _losses(thresholds, trust, loss).mean() <= allowed:
+        if _bound(thresholds, trust, loss) <= allowed:
             break
     return thresholds.astype(np.float32)
+
+
+def _bound(thresholds: NDArray[Any], trust: NDArray[Any], loss: NDArray[Any]) -> float:
+    """The mean loss of requests with these thresholds, were one more of them lost."""
+    return (float(_losses(thresholds, trust, loss).sum()) + 1) / len(trust)
 
 
 def _losses(thresholds: NDArray[Any], trust: NDArray[Any], loss: NDArray[Any]) -> NDArray[np.float64]:

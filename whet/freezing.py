@@ -299,8 +299,7 @@ def _observe(
     labels = [row.label for row in rows if isinstance(row, LabelledText)]
     if labels and len(labels) < len(rows):
         raise ValueError(f"{len(labels)} of {len(rows)} requests have labels; expected all or none")
-    known = np.full((1 + copies, len(rows) + len(served)), -1)
-    known[:, : len(labels)] = [class_of(label, probe.metadata.labels, classes) for label in labels]
+    known = [class_of(label, probe.metadata.labels, classes) for label in labels]
     requests = [*_requests(probe, rows), *served]
     rng = np.random.default_rng(0)
     (special,) = _requests(probe, [""])
@@ -314,10 +313,10 @@ def _observe(
             advance(start + len(chunk))
     shown = np.concatenate(parts)
     states, logits = shown[:, :-classes], shown[:, -classes:]
-    told = known.reshape(-1)
-    targets = softmax(logits)
-    targets[told >= 0] = (targets[told >= 0] + np.eye(classes, dtype=np.float32)[told[told >= 0]]) / 2
-    right = np.where(told < 0, logits.argmax(axis=1), told)
+    targets, right = softmax(logits), logits.argmax(axis=1)
+    if known:  # of the copies nobody knows whether their labels still hold
+        right[: len(known)] = known
+        targets[: len(known)] = (targets[: len(known)] + np.eye(classes, dtype=np.float32)[known]) / 2
     return _Observed(np.split(states, states.shape[1] // channels, axis=1), logits, right, targets)
 
 

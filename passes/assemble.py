@@ -130,9 +130,9 @@ class _Assembly:
             for left, bindings in groupby(self.calls, self.stage_of):
                 with self.unless_all_left(lives, left):
                     here = sizes | self.sizes_left(lives)
-                    tiles = here[left.symbols["tile"]] if left else counts["tile"]
                     for binding in bindings:
-                        self.emit(binding, pointers, here, tiles)
+                        unit = self.grows_with(binding)
+                        self.emit(binding, pointers, here, here[left.symbols[unit]] if left else counts[unit])
         main = builder.get().with_attr("global_symbol", entry)
         functions = {GlobalVar(entry): main, **dict(self.subroutines.values())}
         sizes = {unit: sum(s.size for s in self.slots if s.unit == unit) for unit in ("tile", "group")}
@@ -163,6 +163,11 @@ class _Assembly:
     def read(self, binding: relax.VarBinding) -> list[Value]:
         """The tensors that a kernel call reads."""
         return [self.value(a) for a in binding.value.args[1].fields]
+
+    def grows_with(self, binding: relax.VarBinding) -> Unit:
+        """What the work of a kernel is proportional to: tiles if it sees tokens, else groups."""
+        units = {self.units.get(self.type_of(v).shape[0]) for v in (*self.read(binding), *self.made(binding))}
+        return "tile" if "tile" in units else "group"
 
     # What is left of the batch.
 
@@ -269,9 +274,9 @@ class _Assembly:
     # Code.
 
     def emit(
-        self, binding: relax.VarBinding, pointers: Mapping[Value, Any], counts: Mapping[tirx.Var, Any], tiles: Any
+        self, binding: relax.VarBinding, pointers: Mapping[Value, Any], counts: Mapping[tirx.Var, Any], units: Any
     ) -> None:
-        """Call a kernel: the addresses of its tensors, then the sizes it does not know."""
+        """Call a kernel for so many units: the addresses of its tensors, then the sizes it does not know."""
         kernel = binding.value.args[0]
         values = [*self.read(binding), *self.made(binding)]
         sizes: dict[tirx.Var, Any] = {}
@@ -298,14 +303,14 @@ class _Assembly:
         if least <= 1:
             call(parallel=True)
             return
-        with T.If(tiles < least):
+        with T.If(units < least):
             with T.Then():
                 call(parallel=False)
             with T.Else():
                 call(parallel=True)
 
     def pays_from(self, binding: relax.VarBinding) -> int:
-        """Number of tiles from which the kernel is worth a parallel region."""
+        """Number of units (tiles or groups) from which the kernel is worth a parallel region."""
         counted = self.made(binding)
         if self.module[binding.value.args[0]].attrs.get(READS_ALL_WEIGHTS):
             counted = counted + [value for value in self.read(binding) if value[0].same_as(self.weights)]

@@ -20,6 +20,7 @@ from .fuse_activations import fuse_activations
 from .fuse_qkv import fuse_qkv
 from .fuse_residuals import fuse_residuals
 from .graph import Graph
+from .hoist_pooling import hoist_pooling
 from .lower import Lowered, Tuned, lower, untuned
 from .memoize_attention import Records, memoize_attention, records_of
 from .pad_heads import pad_heads
@@ -126,6 +127,9 @@ def run_pipeline(
             module = memoize_attention(module)
             dump(module, "memoize_attention")
 
+    module = hoist_pooling(module)
+    dump(module, "hoist_pooling")
+
     modules = [module] * len(options.isas)
     if options.quantisation is not None:
         with progress.phase("4 choose kernels"):
@@ -138,11 +142,10 @@ def run_pipeline(
             modules = [probe_layers(module) for module in modules]
 
     compiled = []
-    raised = raised_layers(module)
     with progress.phase("5 lower to kernels"):
         for chosen, made, isa in zip(modules, choices, options.isas, strict=True):
             made_for = lower(chosen, isa, options.max_length, options.tuned)
-            compiled.append(Compiled(made_for, made, raised, records))
+            compiled.append(Compiled(made_for, made, raised_layers(module), records))
             dump(compiled[-1].lowered.module, f"lower_{isa.name}")
     return compiled
 

@@ -5,8 +5,9 @@ Before: ``main`` after ``lower``, nothing but ``call_tir``. After: a TIR functio
     main(ids, positions, token_types, segments, [records,] weights, workspace, out)
 
 that calls the kernels directly: no virtual machine, no allocation, no reference counts. ``weights`` is the blob of all
-weights; ``workspace`` is scratch memory, so many bytes per tile and so many per group of requests. Values whose lives
-do not overlap share it. A kernel runs in parallel only from the number of tiles on at which that pays.
+weights; ``workspace`` is scratch memory, so many bytes per tile and so many per group of requests, of which there are
+no more than tiles. Values whose lives do not overlap share it. A kernel runs in parallel only from the number of tiles
+(or groups, if it sees no tokens) on at which that pays.
 """
 
 from __future__ import annotations
@@ -246,10 +247,14 @@ class _Assembly:
         return value if read.count(value) == 1 else None
 
     def take(self, ty: relax.TensorType) -> _Slot:
-        """Take the free slot that fits best, or a new one."""
+        """Take the free slot that fits best, or a new one.
+
+        No request is empty, so a batch has at least as many tiles as groups of 16 requests: what is per group may lie
+        where tiles lay, in memory that is in the cache.
+        """
         unit, size = self.unit(ty), _bytes(ty, of_unit=True)
         size += -size % ALIGNMENT
-        free = [slot for slot in self.slots if slot.free and slot.unit == unit]
+        free = [s for s in self.slots if s.free and (s.unit == unit or (s.unit == "tile" and s.size >= size))]
         if free:
             slot = min(free, key=lambda s: (max(0, size - s.size), s.size))
             slot.size, slot.free = max(slot.size, size), False

@@ -5,8 +5,9 @@ Before: ``main`` after ``lower``, nothing but ``call_tir``. After: a TIR functio
     main(ids, positions, token_types, segments, [records,] weights, workspace, out)
 
 that calls the kernels directly: no virtual machine, no allocation, no reference counts. ``weights`` is the blob of all
-weights; ``workspace`` is scratch memory, so many bytes per tile and so many per group of requests. Values whose lives
-do not overlap share it. A kernel runs in parallel only from the number of tiles on at which that pays.
+weights; ``workspace`` is scratch memory, so many bytes per tile and so many per group of requests, of which there are
+no more than tiles. Values whose lives do not overlap share it. A kernel runs in parallel only from the number of tiles
+(or groups, if it sees no tokens) on at which that pays.
 """
 
 from __future__ import annotations
@@ -130,9 +131,9 @@ class _Assembly:
             for left, bindings in groupby(self.calls, self.stage_of):
                 with self.unless_all_left(lives, left):
                     here = sizes | self.sizes_left(lives)
-                    tiles = here[left.symbols["tile"]] if left else counts["tile"]
                     for binding in bindings:
-                        self.emit(binding, pointers, here, tiles)
+                        unit = self.grows_with(binding)
+                        self.emit(binding, pointers, here, here[left.symbols[unit]] if left else counts[unit])
         main = builder.get().with_attr("global_symbol", entry)
         functions = {GlobalVar(entry): main, **dict(self.subroutines.values())}
         sizes = {unit: sum(s.size for s in self.slots if s.unit == unit) for unit in ("tile", "group")}
@@ -163,6 +164,11 @@ class _Assembly:
     def read(self, binding: relax.VarBinding) -> list[Value]:
         """The tensors that a kernel call reads."""
         return [self.value(a) for a in binding.value.args[1].fields]
+
+    def grows_with(self, binding: relax.VarBinding) -> Unit:
+        """What the work of a kernel is proportional to: tiles if it sees tokens, else groups."""
+        units = {self.units.get(self.type_of(v).shape[0]) for v in (*self.read(binding), *self.made(binding))}
+        return "tile" if "tile" in units else "group"
 
     # What is left of the batch.
 
@@ -241,10 +247,14 @@ class _Assembly:
         return value if read.count(value) == 1 else None
 
     def take(self, ty: relax.TensorType) -> _Slot:
-        """Take the free slot that fits best, or a new one."""
+        """Take the free slot that fits best, or a new one.
+
+        No request is empty, so a batch has at least as many tiles as groups of 16 requests: what is per group may lie
+        where tiles lay, in memory that is in the cache.
+        """
         unit, size = self.unit(ty), _bytes(ty, of_unit=True)
         size += -size % ALIGNMENT
-        free = [slot for slot in self.slots if slot.free and slot.unit == unit]
+        free = [s for s in self.slots if s.free and (s.unit == unit or (s.unit == "tile" and s.size >= size))]
         if free:
             slot = min(free, key=lambda s: (max(0, size - s.size), s.size))
             slot.size, slot.free = max(slot.size, size), False
@@ -269,9 +279,9 @@ class _Assembly:
     # Code.
 
     def emit(
-        self, binding: relax.VarBinding, pointers: Mapping[Value, Any], counts: Mapping[tirx.Var, Any], tiles: Any
+        self, binding: relax.VarBinding, pointers: Mapping[Value, Any], counts: Mapping[tirx.Var, Any], units: Any
     ) -> None:
-        """Call a kernel: the addresses of its tensors, then the sizes it does not know."""
+        """Call a kernel for so many units: the addresses of its tensors, then the sizes it does not know."""
         kernel = binding.value.args[0]
         values = [*self.read(binding), *self.made(binding)]
         sizes: dict[tirx.Var, Any] = {}
@@ -298,14 +308,14 @@ class _Assembly:
         if least <= 1:
             call(parallel=True)
             return
-        with T.If(tiles < least):
+        with T.If(units < least):
             with T.Then():
                 call(parallel=False)
             with T.Else():
                 call(parallel=True)
 
     def pays_from(self, binding: relax.VarBinding) -> int:
-        """Number of tiles from which the kernel is worth a parallel region."""
+        """Number of units (tiles or groups) from which the kernel is worth a parallel region."""
         counted = self.made(binding)
         if self.module[binding.value.args[0]].attrs.get(READS_ALL_WEIGHTS):
             counted = counted + [value for value in self.read(binding) if value[0].same_as(self.weights)]

@@ -20,7 +20,7 @@ from whet.schedules.dense import BLOCKS, DenseSpec, supports
 from whet.schedules.isa import TILE, Isa
 
 from . import dialect
-from .graph import Graph, attributes, is_call, rewrite
+from .graph import Graph, attributes, is_call, is_per_request, rewrite
 
 CLEARLY = 0.9
 """A sparse kernel must be estimated to take less than this share of the dense one's time: estimates are not exact."""
@@ -68,7 +68,9 @@ def choose_kernels(module: IRModule, isa: Isa, tokens: int = TYPICAL_TOKENS) -> 
         if "x_scale" not in attrs and "per_token" not in attrs:
             return call
         weight = graph.constant(graph.producer(graph.values[var].args[1]).args[0])
-        choice = _choose(var.name, weight, isa, math.ceil(tokens / TILE))
+        # What runs once per request fills one tile, unless a call has more than 16 of them.
+        tiles = 1 if is_per_request(graph, var) else math.ceil(tokens / TILE)
+        choice = _choose(var.name, weight, isa, tiles)
         choices.append(choice)
         if not choice.block_rows:
             return call

@@ -15,7 +15,7 @@ import numpy as np
 from tvm import IRModule, relax
 
 from . import dialect
-from .graph import Graph, arguments, is_call, is_per_token, rewrite
+from .graph import Graph, arguments, is_call, is_per_request, is_per_token, rewrite
 
 if TYPE_CHECKING:
     from whet.caching.cache import Cache
@@ -110,6 +110,4 @@ def _check_cut(graph: Graph, border: relax.Var, layer: int) -> None:
 
 def _varies(graph: Graph, value: relax.Var) -> bool:
     """Whether a value has something of each token or request."""
-    return bool(value.ty.shape) and (
-        is_per_token(graph, value) or value.ty.shape[0].same_as(graph.params[3].ty.shape[0])
-    )
+    return bool(value.ty.shape) and (is_per_token(graph, value) or is_per_request(graph, value))

@@ -86,6 +86,12 @@ def is_per_token(graph: Graph, value: relax.Expr) -> bool:
     return bool(value.ty.shape[0].same_as(graph.params[0].ty.shape[0]))
 
 
+def is_per_request(graph: Graph, value: relax.Expr) -> bool:
+    """Whether a value has a column per request, of all or of those that ``stay``."""
+    stages = (b.var for b in graph.bindings if is_call(b.value, dialect.STAY))
+    return any(bool(value.ty.shape[0].same_as(s.ty.shape[0])) for s in (graph.params[3], *stages))
+
+
 def digest_of(module: IRModule) -> str:
     """SHA-256 of all constants, in order, with their shapes and dtypes: whether two models have the same weights."""
     digest = hashlib.sha256()

@@ -26,6 +26,7 @@ from whet.schedules.dense_spec import HEADS
 from whet.schedules.early_exit import FollowSpec, MoveSpec, SettleSpec, StaySpec, follow, move, settle, stay
 from whet.schedules.elementwise import ActivateSpec, AddSpec, Quantization, QuantizeSpec, elementwise
 from whet.schedules.embed import EmbedSpec, embed
+from whet.schedules.first_tokens import FirstTokensSpec, first_tokens
 from whet.schedules.isa import Isa
 from whet.schedules.layer_norm import LayerNormSpec, layer_norm
 from whet.schedules.pool import NormalizeSpec, PoolSpec, normalize, pool
@@ -357,7 +358,18 @@ class _Lowering:
         self.simple(var, "add", AddSpec(shape_of(var)[1]), elementwise, call.args)
 
     def lower_pool(self, var: relax.Var, call: relax.Call) -> None:
-        self.simple(var, "pool", PoolSpec(shape_of(var)[1], attributes(call)["mode"]), pool, call.args)
+        channels, mode = shape_of(var)[1], attributes(call)["mode"]
+        if mode != "cls":
+            self.simple(var, "pool", PoolSpec(channels, mode), pool, call.args)
+        elif not _takes_rounded(self.graph, call):
+            self.simple(var, "first_tokens", FirstTokensSpec(channels), first_tokens, call.args)
+        else:
+            form = self.demands[var].rounded
+            assert form is not None
+            spec = FirstTokensSpec(channels, MADE[form])
+            inputs = [*self.forms[self.graph.source(call.args[0]), form], self.tiles(call.args[1])]
+            types = self.rounded_types(var, channels, form)
+            self.forms[var, form] = self.call("first_tokens", spec, first_tokens, inputs, [], types, var.name)
 
     def lower_normalize(self, var: relax.Var, call: relax.Call) -> None:
         self.simple(var, "normalize", NormalizeSpec(shape_of(var)[1]), normalize, call.args)
@@ -556,6 +568,19 @@ def _input_form(attrs: dict[str, Any]) -> Form:
     return "pairs" if attrs.get("bf16") else "tiles"
 
 
+def _rounds_itself(call: relax.Expr) -> bool:
+    """Whether this is attention that makes integers, or bfloat16, and no float32."""
+    attrs = attributes(call) if isinstance(call, relax.Call) else {}
+    integer = is_call(call, dialect.SELF_ATTENTION) and ("q_scale" in attrs or bool(attrs.get("bf16")))
+    return integer or is_call(call, dialect.MEMOIZED_ATTENTION)
+
+
+def _takes_rounded(graph: Graph, call: relax.Expr) -> bool:
+    """Whether this takes the first tokens of integers or bfloat16 as they are."""
+    first = is_call(call, dialect.POOL) and attributes(call)["mode"] == "cls"
+    return first and _rounds_itself(graph.producer(call.args[0]))
+
+
 def _demands(graph: Graph) -> dict[relax.Var, Demand]:
     """Which forms every value is wanted in."""
     demands = {binding.var: Demand() for binding in graph.bindings}
@@ -585,12 +610,12 @@ def _demands(graph: Graph) -> dict[relax.Var, Demand]:
             want(call.args[0], _input_form(attrs), float(attrs.get("x_scale", 1.0)), int(attrs.get("x_zero", 0)))
             for residual in call.args[3:]:
                 want(residual, "tiles")
-        elif is_call(call, dialect.SELF_ATTENTION) and ("q_scale" in attrs or attrs.get("bf16")):
+        elif is_call(call, dialect.SELF_ATTENTION) and _rounds_itself(call):
             want(call.args[0], "heads")
         elif is_call(call, dialect.MEMOIZED_ATTENTION):
             want(call.args[0], "heads")
             want(call.args[2], "values")
-        elif is_call(call, dialect.PART):
+        elif is_call(call, dialect.PART) or _takes_rounded(graph, call):
             pass  # its readers are looked at first
         else:
             for argument in call.args:
@@ -599,12 +624,13 @@ def _demands(graph: Graph) -> dict[relax.Var, Demand]:
     want(graph.result, "tiles")
     for binding in reversed(graph.bindings):
         wanted = demands[binding.var]
-        if is_call(binding.value, dialect.SCALE_CHANNELS):
-            x, factors = binding.value.args
+        call = binding.value
+        if is_call(call, dialect.SCALE_CHANNELS):
+            x, factors = call.args
             if wanted.forms != {"quads"}:
                 raise ValueError(f"{binding.var.name} scales channels, so it can only be read as static integers")
             want(x, "quads", wanted.scale, wanted.zero, graph.constant(factors))
-        elif is_call(binding.value, dialect.MOVE) or is_call(binding.value, dialect.PART):
+        elif is_call(call, dialect.MOVE) or is_call(call, dialect.PART) or _takes_rounded(graph, call):
             for form in wanted.forms:
-                want(binding.value.args[0], form, wanted.scale, wanted.zero, wanted.factors)
+                want(call.args[0], form, wanted.scale, wanted.zero, wanted.factors)
     return demands

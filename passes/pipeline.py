@@ -20,6 +20,7 @@ from .fuse_activations import fuse_activations
 from .fuse_qkv import fuse_qkv
 from .fuse_residuals import fuse_residuals
 from .graph import Graph
+from .hoist_pooling import hoist_pooling
 from .lower import Lowered, Tuned, lower, untuned
 from .memoize_attention import Records, memoize_attention, records_of
 from .pad_heads import pad_heads
@@ -84,7 +85,6 @@ def run_pipeline(
     Only the last two steps look at the instruction set. ``requests`` (1-D token ids) are what calibration runs.
     """
     dump = _Dump(options.dump_ir)
-    choices: list[list[Choice]] = [[] for _ in options.isas]
     dump(module, "imported")
 
     with progress.phase("1 fuse"):
@@ -126,7 +126,11 @@ def run_pipeline(
             module = memoize_attention(module)
             dump(module, "memoize_attention")
 
-    modules = [module] * len(options.isas)
+    with progress.phase("3 hoist pooling"):
+        module = hoist_pooling(module)
+        dump(module, "hoist_pooling")
+
+    modules, choices = [module] * len(options.isas), [list[Choice]()] * len(options.isas)
     if options.quantisation is not None:
         with progress.phase("4 choose kernels"):
             for i, isa in enumerate(options.isas):
@@ -138,12 +142,11 @@ def run_pipeline(
             modules = [probe_layers(module) for module in modules]
 
     compiled = []
-    raised = raised_layers(module)
     with progress.phase("5 lower to kernels"):
         for chosen, made, isa in zip(modules, choices, options.isas, strict=True):
-            made_for = lower(chosen, isa, options.max_length, options.tuned)
-            compiled.append(Compiled(made_for, made, raised, records))
-            dump(compiled[-1].lowered.module, f"lower_{isa.name}")
+            lowered = lower(chosen, isa, options.max_length, options.tuned)
+            dump(lowered.module, f"lower_{isa.name}")
+            compiled.append(Compiled(lowered, made, raised_layers(module), records))
     return compiled
 
 

@@ -101,7 +101,9 @@ class Metadata:
     """Name of the function that runs the model."""
     workspace_per_tile: int = 0
     workspace_per_group: int = 0
-    """Bytes of scratch memory that a packed ``main`` wants for each tile of tokens and each group of requests."""
+    """Bytes of scratch memory that a packed ``main`` wants for each tile of tokens and each group of requests. There
+    must be no more groups than tiles, which follows where every request but unused entries of the last group has
+    tokens."""
     weights: tuple[Weight, ...] = ()
     report: tuple[Mapping[str, Any], ...] = ()
     """One entry per layer: what was chosen, and why."""

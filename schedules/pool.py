@@ -1,4 +1,4 @@
-"""One column per request: mean, first or maximum over its tokens; and the division of columns by their norm."""
+"""One column per request: mean or maximum over its tokens; and the division of columns by their norm."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Combine: TypeAlias = Callable[[Any, Any], Any]
 
 _LOWEST = -3.4028234663852886e38
 _SMALLEST_NORM = 1e-12
-_MODES = ("mean", "cls", "max")
+_MODES = ("mean", "max")
 
 
 @dataclass(frozen=True)
 class PoolSpec:
     """Pooling: arguments x ``(nt, C, 16)`` float32, segments ``(ng, 16, 2)`` int32, out ``(ng, C, 16)`` float32.
 
-    ``mode`` is mean, cls (the first token) or max. Entries of length 0 give 0. Tokens are added one after the other, so
+    ``mode`` is mean or max. Entries of length 0 give 0. Tokens are added one after the other, so
     that the result of a request does not depend on where in a tile it starts.
     """
 
@@ -62,12 +62,7 @@ def pool(spec: PoolSpec, isa: Isa) -> tirx.PrimFunc:
                     group, column = T.Bind(request // TILE), T.Bind(request % TILE)
                     start = named("start", T.Bind(segments[group, column, 0]))
                     length = named("length", T.Bind(segments[group, column, 1]))
-                    if spec.mode == "cls":
-                        with T.serial(spec.channels) as c:
-                            first = x[start // TILE, c, start % TILE]
-                            T.buffer_store(out, T.Select(length > 0, first, T.float32(0)), [group, c, column])
-                    else:
-                        _reduce(spec, isa, x, (start, length), out, (group, column))
+                    _reduce(spec, isa, x, (start, length), out, (group, column))
         return builder.get()
 
 

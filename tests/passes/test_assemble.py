@@ -1,6 +1,8 @@
+import numpy as np
 from execute import program
 from graphs import build, encoder_layer, requests
 
+from whet.passes import dialect
 from whet.passes.assemble import Workspace, assemble
 from whet.passes.pipeline import Options, run_pipeline
 from whet.passes.quantise import QuantisationConfig
@@ -28,6 +30,18 @@ def test_values_that_live_at_different_times_share_memory():
     # The embedding's tiles, which nobody reads, and its quads; all later values take turns in those two places.
     tiles, quads = 64 * 16 * 4, 64 * 16
     assert assembled.workspace == Workspace(per_tile=tiles + quads, per_group=0)
+
+
+def test_what_is_per_request_lies_where_tokens_lay():
+    def classifier(b):
+        pooled = b.emit(dialect.pool(encoder_layer(b, 64, 2, 128), b.segments, mode="cls"), "pooled")
+        return b.dense(b.dense(pooled, 64, "pooler", activation="tanh"), 5, "logits")
+
+    module = lowered(classifier)
+    # Only the first tokens of the residual have a place of their own, beside it.
+    assert assemble(module.module, [0] * len(module.weights)).workspace.per_group == 64 * 16 * 4
+    run, batch = program(module, ISA), requests(*[1] * 17, 33, 5)
+    np.testing.assert_array_equal(run(batch, True), np.concatenate([run([r], True) for r in batch]))
 
 
 def test_a_residual_stays_where_it_is_until_it_is_read():

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 from graphs import build, requests
+from tvm import relax
 
 from whet.passes import dialect
 from whet.passes.choose_kernels import NEARLY, _choose, block_density, choose_kernels
 from whet.passes.graph import Graph, attributes, is_call
+from whet.passes.hoist_pooling import hoist_pooling
 from whet.passes.prune_blocks import prune_blocks
 from whet.passes.quantise import QuantisationConfig, quantise
 from whet.schedules.dense import BLOCKS
@@ -73,6 +75,25 @@ def test_many_tokens_favour_dense_products_on_amx():
     kernels = [_choose("layer", random_blocks(4, 4, 0.2), isa("amx_int8"), tiles).kernel for tiles in (1, 64)]
     assert kernels[0].endswith("4x4 sparse")
     assert kernels[1] in ("4x4 expanded", "8x4 expanded", "dense")
+
+
+def test_layers_of_first_tokens_are_chosen_for_one_tile():
+    def write(b):
+        whole = b.const
+        kept = random_blocks(4, 4, 0.2).astype(np.float32)
+        b.const = lambda *shape: relax.const(b.array(*shape) * kept) if shape == (768, 768) else whole(*shape)
+        every = b.dense(b.embed(768), 768, "every")
+        first, mean = (
+            b.emit(dialect.pool(x, b.segments, mode=mode), mode)
+            for x, mode in ((b.dense(every, 768, "first"), "cls"), (every, "mean"))
+        )
+        return b.emit(dialect.add(first, mean), "sum")
+
+    module = hoist_pooling(quantise(build(write), QuantisationConfig(), requests(20)))
+    _, (every, first) = choose_kernels(module, isa("amx_int8"), tokens=64 * 16)
+    assert (every.layer, first.layer) == ("every", "first")
+    assert every.kernel.split()[-1] in ("dense", "expanded")
+    assert first.kernel.split()[-1] == "sparse"
 
 
 def random_blocks(rows, columns, kept):

@@ -10,7 +10,7 @@ LENGTHS = [1, 2, 15, 16, 17, 31, 3, 64, 100, 5, 1, 1, 8, 8, 8, 9, 40, 7]
 
 
 def pooled(rows, mode):
-    return {"mean": lambda: rows.mean(0), "cls": lambda: rows[0], "max": lambda: rows.max(0)}[mode]()
+    return {"mean": rows.mean, "max": rows.max}[mode](axis=0)
 
 
 def run_pool(isa, mode, x, segments):
@@ -22,7 +22,7 @@ def run_pool(isa, mode, x, segments):
 
 
 @pytest.mark.parametrize("isa", oracles.NAMES)
-@pytest.mark.parametrize("mode", ["mean", "cls", "max"])
+@pytest.mark.parametrize("mode", ["mean", "max"])
 @pytest.mark.parametrize("channels", [3, 16, 40, 384])
 def test_pool(isa, mode, channels):
     rng = np.random.default_rng(channels)
@@ -35,7 +35,7 @@ def test_pool(isa, mode, channels):
         np.testing.assert_allclose(row, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls", "max"])
+@pytest.mark.parametrize("mode", ["mean", "max"])
 def test_request_alone_gives_the_same_bits_on_every_instruction_set(mode):
     rng = np.random.default_rng(0)
     segments = oracles.segments_of(LENGTHS)

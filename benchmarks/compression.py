@@ -118,6 +118,8 @@ def curve(folder: Path) -> dict[str, float]:
 def describe(recipe: Recipe) -> str:
     """What a row is called."""
     pruning, steps = recipe.pruning, recipe.training.steps
+    if pruning.method == "lock":
+        return f"{Path(recipe.model).name}, {steps} steps"
     budget = " by time" if pruning.budget == "latency" else ""
     return f"{pruning.sparsity:.0%} {pruning.block}{budget}, " + (f"{steps} steps" if steps else "no training")
 

@@ -27,7 +27,10 @@ AUTO = {
 """The class of transformers that has the task's head."""
 
 
-LEFT_OUT = ("*.safetensors*", "*.bin", "*.onnx", "*.h5", "*.ot", "*.msgpack", "README.md", ".*")
+LEFT_OUT = (
+    *("*.safetensors*", "*.bin", "*.onnx", "*.h5", "*.ot", "*.msgpack", "README.md", ".*"),
+    *("recipe.toml", "training.jsonl", "measured.json"),  # how an earlier one was made
+)
 """Files of a model's folder that are not of the one made from it."""
 
 

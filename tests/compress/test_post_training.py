@@ -18,6 +18,19 @@ def states_of(encoder, batches):
         return torch.cat([run(encoder, b).states[-1][b["attention_mask"].bool()] for b in batches])
 
 
+@pytest.mark.parametrize(
+    ("task", "head"), [("embedding", "Model"), ("sequence_classification", "ForSequenceClassification")]
+)
+def test_how_an_earlier_model_was_made_is_not_taken_along(task, head, tmp_path):
+    folder = make_model(tmp_path / "m", head=head, labels=("a", "b"))
+    for name in ("recipe.toml", "training.jsonl", "measured.json", "notes.txt"):
+        (folder / name).write_text("{}")
+    load(folder, task).save(tmp_path / "out")
+    kept = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "notes.txt"} <= kept
+    assert not kept & {"recipe.toml", "training.jsonl", "measured.json"}
+
+
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
 def test_states_stay_closer_than_with_magnitude(family, tmp_path):
     folder = make_model(tmp_path / "m", family=family)

@@ -5,6 +5,7 @@ Only what the compiler imports is supported: the BERT family and DistilBERT, saf
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -175,12 +176,27 @@ def load_encoder(folder: str | Path, task: Task, labels: Sequence[str] = ()) -> 
         ignore_mismatched_sizes=not has_head(root, task),  # another task's head may have the names of the new one's
         **options,
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(inner, local_files_only=True, use_fast=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inner, local_files_only=True, use_fast=True, **_case(inner))
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
     pooling = pooling_of(root) if task == "embedding" else ""
     return Encoder(model.eval(), FAMILIES[config.model_type], backend, task, inner, root, pooling, tuple(labels))
+
+
+def _case(folder: Path) -> dict[str, Any]:
+    """What ``tokenizer.json`` says of case, where ``tokenizer_config.json`` says nothing.
+
+    transformers would lower all text then, and the compiler, which goes by ``tokenizer.json``, would not.
+    """
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    whole, told = (json.loads(p.read_text(encoding="utf-8")) if p.is_file() else {} for p in (file, settings))
+    normalizer = whole.get("normalizer") or {}
+    if "do_lower_case" in told or "lowercase" not in normalizer:
+        return {}
+    return {"do_lower_case": normalizer["lowercase"]}
 
 
 class Recorder:

@@ -3,12 +3,16 @@ import pytest
 torch = pytest.importorskip("torch", reason="compress/ needs the extra compress")
 
 from tiny_encoders import load, make_model, make_sentence_encoder, sentences  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.models import WordPiece  # noqa: E402
+from tokenizers.normalizers import BertNormalizer  # noqa: E402
 
 from whet.compress.blocks import Block  # noqa: E402
 from whet.compress.features import in_order, make_features  # noqa: E402
 from whet.compress.losses import run  # noqa: E402
 from whet.compress.masks import keep_best  # noqa: E402
 from whet.compress.post_training import prune_post_training  # noqa: E402
+from whet.frontend.tokenizer import read_tokenizer  # noqa: E402
 
 TEXTS = [text for text, _ in sentences(200)]
 
@@ -29,6 +33,19 @@ def test_how_an_earlier_model_was_made_is_not_taken_along(task, head, tmp_path):
     kept = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "notes.txt"} <= kept
     assert not kept & {"recipe.toml", "training.jsonl", "measured.json"}
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_texts_are_trained_on_as_the_compiler_reads_them(lowercase, tmp_path):
+    folder = make_model(tmp_path / "m")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Bread", "bread"]
+    made = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.normalizer = BertNormalizer(lowercase=lowercase)
+    for settings in folder.glob("*token*"):
+        settings.unlink()
+    made.save(str(folder / "tokenizer.json"))
+    compiled = Tokenizer.from_str(read_tokenizer(folder)).encode("Bread", add_special_tokens=False).ids
+    assert load(folder).tokenizer.encode("Bread", add_special_tokens=False).ids == compiled == [6 if lowercase else 5]
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])

@@ -27,8 +27,8 @@ _MODES = ("mean", "max")
 class PoolSpec:
     """Pooling: arguments x ``(nt, C, 16)`` float32, segments ``(ng, 16, 2)`` int32, out ``(ng, C, 16)`` float32.
 
-    ``mode`` is mean or max. Entries of length 0 give 0. Tokens are added one after the other, so
-    that the result of a request does not depend on where in a tile it starts.
+    ``mode`` is mean or max. Entries of length 0 give 0. Tokens are added one after the other, so that the result of a
+    request does not depend on where in a tile it starts.
     """
 
     channels: int

@@ -280,8 +280,9 @@ def _requests(probe: Session, rows: Sequence[LabelledText | Text]) -> list[Reque
 
 
 def _thinned(request: Request, special: NDArray[Any], rng: np.random.Generator) -> Request:
-    """The request without some of its tokens, those excepted that every request has."""
+    """The request without some of its tokens, those excepted that every request has; or whole, were nothing left."""
     kept = (rng.random(len(request.ids)) >= rng.uniform(*_LEFT_OUT)) | np.isin(request.ids, special)
+    kept |= not kept.any()
     types = None if request.types is None else request.types[kept]
     return Request(request.ids[kept], np.arange(kept.sum()), types)
 

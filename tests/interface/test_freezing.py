@@ -13,8 +13,8 @@ from whet import cli
 from whet.bench_exits import bench_exits
 from whet.caching.file import FreezeError, load
 from whet.datasets import LabelledText
-from whet.freezing import fit, inspect
-from whet.runtime.audit import expected_loss
+from whet.freezing import _thinned, fit, inspect
+from whet.runtime.audit import Request, expected_loss
 from whet.runtime.metadata import ArtifactError
 
 
@@ -117,6 +117,15 @@ def test_caches_learn_what_was_asked(modules, model, texts, tmp_path):
     (tmp_path / "m.so.audit").write_bytes(b"PK")
     with pytest.raises(ArtifactError, match=r"m\.so\.audit is damaged or keeps no audits"):
         fit(model, tmp_path / "c.freeze", texts, served=f"{path}.audit")
+
+
+def test_no_copy_is_empty_even_where_a_tokenizer_adds_nothing():
+    request, rng = Request(np.array([7]), np.arange(1), None), np.random.default_rng(0)
+    assert all(len(_thinned(request, np.array([], int), rng).ids) == 1 for _ in range(50))
+    long = Request(np.arange(400), np.arange(400), np.arange(400) % 2)
+    ids, positions, types = _thinned(long, np.array([0, 399]), rng)
+    assert 260 <= len(ids) < 380 and {0, 399} <= set(ids.tolist())
+    assert positions.tolist() == list(range(len(ids))) and (types == ids % 2).all()
 
 
 def test_bench(modules, texts, tmp_path, capsys):

@@ -28,6 +28,14 @@ def build(generator, spec, isa, *knobs):
     return isas.compile_for(generator(spec, target, *knobs), target)
 
 
+def several():
+    """The instruction sets of this machine; skips the test where it has but one, for none to agree with."""
+    here = [name for name in NAMES if set(isas.isa(name).cpu_flags) <= cpu_flags()]
+    if len(here) < 2:
+        pytest.skip(f"this CPU has {', '.join(here) or 'none'} of {', '.join(NAMES)}; two are compared")
+    return here
+
+
 def run(kernel, inputs, outputs):
     """Calls ``kernel`` with inputs and fresh outputs, given as (shape, dtype); returns the outputs.
 

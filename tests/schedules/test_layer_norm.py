@@ -95,11 +95,11 @@ def test_per_token(isa):
 def test_instruction_sets_agree(quantize):
     rng = np.random.default_rng(3)
     tiles = oracles.to_tiles(rng.normal(0, 2, (50, 100)).astype("float32"))
-    inputs = [tiles, *parameters(rng, 100)] + [np.array([30, 120], "float32")] * (quantize == "static")
+    inputs = [tiles, *parameters(rng, 100)] + [oracles.requant(rng, 100, 30, 120)] * (quantize == "static")
     outputs = [(tiles.shape, "float32"), ((4, 25, 16, 4), "uint8"), ((4, 2, 16), "float32")]
     outputs = outputs[: {"none": 1, "static": 2, "per_token": 3}[quantize]]
     spec = LayerNormSpec(100, EPS, quantize)
-    first, *others = [oracles.run(oracles.build(layer_norm, spec, isa), inputs, outputs) for isa in oracles.NAMES]
+    first, *others = [oracles.run(oracles.build(layer_norm, spec, isa), inputs, outputs) for isa in oracles.several()]
     for other in others:
         for a, b in zip(first, other, strict=True):
             np.testing.assert_array_equal(a, b)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from whet.files import read_json
 
 from .recipe import Task
 
@@ -21,7 +22,7 @@ def has_head(folder: str | Path, task: Task) -> bool:
     path = root / transformer_path(root) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{root} has no config.json; expected a Hugging Face model folder")
-    architecture = str((json.loads(path.read_text(encoding="utf-8")).get("architectures") or ["Model"])[0])
+    architecture = str((read_json(path).get("architectures") or ["Model"])[0])
     return architecture.endswith(ENDINGS[task])
 
 
@@ -30,7 +31,7 @@ def transformer_path(root: Path) -> str:
     modules = root / "modules.json"
     if not modules.is_file():
         return "."
-    listed = sorted(json.loads(modules.read_text(encoding="utf-8")), key=lambda module: int(module["idx"]))
+    listed = sorted(read_json(modules), key=lambda module: int(module["idx"]))
     if unknown := [
         m["type"] for m in listed if m["type"].rpartition(".")[2] not in ("Transformer", "Pooling", "Normalize")
     ]:
@@ -41,7 +42,7 @@ def transformer_path(root: Path) -> str:
 def pooling_of(root: Path) -> str:
     """``mean``, ``cls`` or ``max`` of a sentence-transformers folder; mean where there is none."""
     for path in sorted(root.glob("*_Pooling/config.json")):
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         mode = config.get("pooling_mode")
         if mode is None:
             fields = {
@@ -55,3 +56,9 @@ def pooling_of(root: Path) -> str:
             raise ValueError(f"{path}: pooling_mode is {mode!r}; supported: mean, cls, max")
         return str(mode)
     return "mean"
+
+
+def lowers(root: Path) -> bool:
+    """Whether a sentence-transformers folder lowers texts before its tokenizer."""
+    settings = root / transformer_path(root) / "sentence_bert_config.json"
+    return (root / "modules.json").is_file() and settings.is_file() and bool(read_json(settings).get("do_lower_case"))

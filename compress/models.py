@@ -5,7 +5,6 @@ Only what the compiler imports is supported: the BERT family and DistilBERT, saf
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from .folders import has_head, pooling_of, transformer_path
+from whet.tokenizer import read_tokenizer
+
+from .folders import has_head, lowers, pooling_of, transformer_path
 from .recipe import Task
 
 AUTO = {
@@ -76,8 +78,8 @@ class Encoder:
 
     model: nn.Module
     family: Family
-    tokenizer: Any
-    """A ``tokenizers.Tokenizer`` without padding and truncation."""
+    tokenizer: Tokenizer
+    """Without padding and truncation."""
     task: Task
     folder: Path
     """The Hugging Face folder, of a sentence-transformers folder the inner one."""
@@ -176,27 +178,13 @@ def load_encoder(folder: str | Path, task: Task, labels: Sequence[str] = ()) -> 
         ignore_mismatched_sizes=not has_head(root, task),  # another task's head may have the names of the new one's
         **options,
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(inner, local_files_only=True, use_fast=True, **_case(inner))
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
+    text = read_tokenizer(inner, lowercase=lowers(root))
+    if text is None:
+        raise FileNotFoundError(f"{inner} has neither tokenizer.json nor vocab.txt; expected the model's tokenizer")
     pooling = pooling_of(root) if task == "embedding" else ""
-    return Encoder(model.eval(), FAMILIES[config.model_type], backend, task, inner, root, pooling, tuple(labels))
-
-
-def _case(folder: Path) -> dict[str, Any]:
-    """What ``tokenizer.json`` says of case, where ``tokenizer_config.json`` says nothing.
-
-    transformers would lower all text then, and the compiler, which goes by ``tokenizer.json``, would not.
-    """
-    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    if not file.is_file():
-        return {}
-    whole, told = (json.loads(p.read_text(encoding="utf-8")) if p.is_file() else {} for p in (file, settings))
-    normalizer = whole.get("normalizer") or {}
-    if "do_lower_case" in told or "lowercase" not in normalizer:
-        return {}
-    return {"do_lower_case": normalizer["lowercase"]}
+    return Encoder(
+        model.eval(), FAMILIES[config.model_type], Tokenizer.from_str(text), task, inner, root, pooling, tuple(labels)
+    )
 
 
 class Recorder:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from .config import read_json
+from whet.files import read_json
 
 Array = npt.NDArray[np.float32]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from whet.files import read_json
 from whet.passes.dialect import Activation
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -16,14 +16,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
 }
 """Names that Hugging Face configurations use, and the dialect's."""
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; ValueError names the file when it is not JSON in UTF-8."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 class Config:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from tokenizers import Tokenizer
 
 from whet.passes.dialect import Activation, Pooling
+from whet.tokenizer import clean_tokenizer, read_tokenizer
 
 from .checkpoint import Weights, open_weights, state_weights
 from .config import Config
@@ -19,7 +20,6 @@ from .encoder import Dense, Pool, Step, build_encoder
 from .families import FAMILIES, Family, Sizes
 from .model import Model, Task
 from .sentence_transformers import SentenceTransformer, read_sentence_transformer
-from .tokenizer import clean_tokenizer, read_tokenizer
 
 _HEADS: dict[str, Task] = {
     "Model": "hidden_states",

@@ -21,6 +21,7 @@ from whet.passes.raise_encoder import raise_encoder
 from whet.passes.raise_facts import Fact, Known, Linear, Matrix, NotAnEncoder, Op, Probes, Tokens
 from whet.passes.raise_facts import Node as Raised
 from whet.passes.raise_rules import Rules
+from whet.tokenizer import read_tokenizer
 
 from . import onnx_contrib, onnx_ops, onnx_quantised  # noqa: F401 - they register their rules
 from .config import Config
@@ -30,7 +31,6 @@ from .onnx_graph import inputs_of, open_model, static_dims
 from .onnx_plain import plain_module
 from .onnx_walk import Walk
 from .sentence_transformers import SentenceTransformer, read_sentence_transformer
-from .tokenizer import read_tokenizer
 
 _PREFERRED = ("sentence_embedding", "logits", "last_hidden_state")
 """Outputs to take where the caller names none and there are several, the best first; else the first."""

@@ -14,10 +14,11 @@ from typing import Any, get_args
 
 import numpy as np
 
+from whet.files import read_json
 from whet.passes.dialect import Activation, Pooling
 
 from .checkpoint import open_weights
-from .config import Config, read_json
+from .config import Config
 from .encoder import Dense, Normalize, Pool, Step
 
 _DENSE_ACTIVATIONS: dict[str, Activation] = {"Identity": "none", "Tanh": "tanh", "ReLU": "relu", "GELU": "gelu"}

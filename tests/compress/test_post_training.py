@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="compress/ needs the extra compress")
@@ -12,7 +14,7 @@ from whet.compress.features import in_order, make_features  # noqa: E402
 from whet.compress.losses import run  # noqa: E402
 from whet.compress.masks import keep_best  # noqa: E402
 from whet.compress.post_training import prune_post_training  # noqa: E402
-from whet.frontend.tokenizer import read_tokenizer  # noqa: E402
+from whet.frontend.huggingface import from_folder  # noqa: E402
 
 TEXTS = [text for text, _ in sentences(200)]
 
@@ -35,17 +37,20 @@ def test_how_an_earlier_model_was_made_is_not_taken_along(task, head, tmp_path):
     assert not kept & {"recipe.toml", "training.jsonl", "measured.json"}
 
 
-@pytest.mark.parametrize("lowercase", [True, False])
-def test_texts_are_trained_on_as_the_compiler_reads_them(lowercase, tmp_path):
+@pytest.mark.parametrize(("tokenizer", "before"), [(True, False), (False, False), (False, True)])
+def test_texts_are_trained_on_as_the_compiler_reads_them(tokenizer, before, tmp_path):
     folder = make_model(tmp_path / "m")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Bread", "bread"]
     made = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    made.normalizer = BertNormalizer(lowercase=lowercase)
+    made.normalizer = BertNormalizer(lowercase=tokenizer)
     for settings in folder.glob("*token*"):
         settings.unlink()
     made.save(str(folder / "tokenizer.json"))
-    compiled = Tokenizer.from_str(read_tokenizer(folder)).encode("Bread", add_special_tokens=False).ids
-    assert load(folder).tokenizer.encode("Bread", add_special_tokens=False).ids == compiled == [6 if lowercase else 5]
+    (folder / "modules.json").write_text('[{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}]')
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": before}))
+    compiled = Tokenizer.from_str(from_folder(folder).tokenizer_json).encode("Bread", add_special_tokens=False).ids
+    trained = load(folder).tokenizer.encode("Bread", add_special_tokens=False).ids
+    assert trained == compiled == [6 if tokenizer or before else 5]
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])

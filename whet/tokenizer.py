@@ -1,17 +1,20 @@
 """The tokenizer of a Hugging Face folder as the text of a ``tokenizer.json``, without padding and truncation.
 
+Models are trained (``whet.compress``) and compiled (``whet.frontend``) with this one: both see the same tokens.
+
 The runtime pads nothing (requests are packed) and truncates to the model's ``max_length``, so both settings go.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from .config import Config
+from whet.files import read_json, read_text
 
 _NORMALIZER_FIELDS = {
     "do_lower_case": "lowercase",
@@ -28,14 +31,16 @@ def read_tokenizer(folder: Path, *, lowercase: bool = False) -> str | None:
     ``lowercase`` lowers all text first (the ``do_lower_case`` of sentence-transformers).
     """
     path = folder / "tokenizer_config.json"
-    config = Config.read(path) if path.is_file() else Config({}, str(path))
+    settings = read_json(path) if path.is_file() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}; expected an object")
     if (folder / "tokenizer.json").is_file():
-        text = _read_text(folder / "tokenizer.json")
+        text = read_text(folder / "tokenizer.json")
         content = json.loads(clean_tokenizer(text, str(folder / "tokenizer.json")))
-        _override_normalizer(content.get("normalizer"), config)
+        _override_normalizer(content.get("normalizer"), settings)
         tokenizer = Tokenizer.from_str(json.dumps(content))
     elif (folder / "vocab.txt").is_file():
-        tokenizer = _word_piece(folder / "vocab.txt", config)
+        tokenizer = _word_piece(folder / "vocab.txt", settings)
     else:
         return None
     if lowercase:
@@ -55,20 +60,21 @@ def clean_tokenizer(text: str, source: str) -> str:
     return str(tokenizer.to_str())
 
 
-def _override_normalizer(normalizer: Any, config: Config) -> None:
+def _override_normalizer(normalizer: Any, settings: Mapping[str, Any]) -> None:
     if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
         return
     for field, name in _NORMALIZER_FIELDS.items():
-        if field in config.values:
-            normalizer[name] = config.values[field]
+        if field in settings:
+            normalizer[name] = settings[field]
 
 
-def _word_piece(path: Path, config: Config) -> Tokenizer:
+def _word_piece(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
     """BERT's WordPiece tokenizer from a vocabulary of one token per line."""
-    tokens = [line.rstrip("\r") for line in _read_text(path).removesuffix("\n").split("\n")]
+    tokens = [line.rstrip("\r") for line in read_text(path).removesuffix("\n").split("\n")]
     vocab = {token: i for i, token in enumerate(tokens)}
+    told = {name: value for name, value in settings.items() if value is not None}
     special = {
-        role: str(config.get(f"{role}_token", default))
+        role: str(told.get(f"{role}_token", default))
         for role, default in (
             ("unk", "[UNK]"),
             ("cls", "[CLS]"),
@@ -83,9 +89,9 @@ def _word_piece(path: Path, config: Config) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=special["unk"]))
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
-        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-        strip_accents=config.get("strip_accents"),
-        lowercase=config.get("do_lower_case", True),
+        handle_chinese_chars=told.get("tokenize_chinese_chars", True),
+        strip_accents=told.get("strip_accents"),
+        lowercase=told.get("do_lower_case", True),
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     cls, sep = special["cls"], special["sep"]
@@ -97,10 +103,3 @@ def _word_piece(path: Path, config: Config) -> Tokenizer:
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens([token for token in special.values() if token in vocab])
     return tokenizer
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error

@@ -23,11 +23,16 @@ _ENOUGH = 1e-6
 
 
 def fit_posterior(logits: Sequence[Floats], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Probabilities ``(requests, classes)`` by a weighted sum of several logits, calibrated on ``labels``.
+    """Probabilities ``(requests, classes)`` by a weighted sum of several logits, calibrated on ``labels``."""
+    return softmax(np.tensordot(fit_weights(logits, labels), np.stack(logits), 1))
 
-    One weight for each of ``logits``, float ``(requests, classes)``, so that the temperature is fitted, too (Guo et al.
-    2017): by Newton's method on the cross-entropy, which is convex in the weights. Half a pseudo-observation's squared
-    distance from the plain mean keeps weights finite where all labels are told.
+
+def fit_weights(logits: Sequence[Floats], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The weights of that sum, one for each of ``logits``, float ``(requests, classes)``.
+
+    Of a single one it is the inverse of the temperature (Guo et al. 2017, arXiv 1706.04599). By Newton's method on the
+    cross-entropy, which is convex in the weights. Half a pseudo-observation's squared distance from the plain mean
+    keeps weights finite where all labels are told.
     """
     experts = np.stack([np.asarray(one, np.float64) for one in logits])
     right = experts[:, np.arange(len(labels)), labels]
@@ -52,4 +57,4 @@ def fit_posterior(logits: Sequence[Floats], labels: NDArray[np.int64]) -> NDArra
         weights, before, now = weights - step, now, new
         if before - now < _ENOUGH:
             break
-    return softmax(np.tensordot(weights, experts, 1))
+    return weights

@@ -333,6 +333,8 @@ def _freeze_fit(args: argparse.Namespace) -> None:
     from whet.freezing import fit  # noqa: PLC0415
 
     options = _given(args, "kind", "precision", "budget", "served", "tokenizer", "task")
+    if args.unlike is not None:
+        options["unlike"] = read_texts(args.unlike, pairs=True)
     if args.calibration is not None:
         options["calibration"] = read_texts(args.calibration, pairs=True)
     if args.held_out is not None:
@@ -538,6 +540,11 @@ def _add_freeze_fit(sub: argparse.ArgumentParser) -> None:
         "--served",
         metavar="FILE.audit",
         help="requests that audits kept: half of them are learned from, half chosen on, in place of --held-out",
+    )
+    sub.add_argument(
+        "--unlike",
+        metavar="FILE",
+        help="requests that belong to no class, a text per line: caches learn to pass them on",
     )
     sub.add_argument(
         "--format",

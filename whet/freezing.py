@@ -19,7 +19,7 @@ from whet.caching.choose import NEVER, Costs, choose, judge
 from whet.caching.cluster import fit_clusters
 from whet.caching.file import Freeze, FreezeError, load, save
 from whet.caching.learn import fit_perceptron, softmax
-from whet.caching.posterior import fit_posterior
+from whet.caching.posterior import fit_posterior, fit_weights
 from whet.compiler import Precision, Text, check_can_freeze, compile, import_model
 from whet.datasets import LabelledText
 from whet.evaluate import class_of
@@ -45,6 +45,10 @@ _THINNED = 2
 was trained on a model's hidden states tell more than of those to come; of these copies they do not."""
 _LEFT_OUT = (0.1, 0.3)
 """Share of the tokens of such a copy, drawn evenly between."""
+_UNLIKE = 0.1
+"""Share of what learned caches are fitted to that is requests of no class, where there are any."""
+_LEAST_SURE = 0.01
+"""By which logits are multiplied: a cache that tells nothing stays one that is not sure."""
 _AT_ONCE = 512
 """Requests that are run between two signs of progress."""
 _LEAST_PROBABILITY = 1e-4
@@ -115,6 +119,7 @@ def fit(
     precision: Precision = "int8",
     budget: float = 0.005,
     served: str | PathLike[str] | None = None,
+    unlike: Sequence[Text] = (),
     progress: Progress | None = None,
     **options: Any,
 ) -> FreezeReport:
@@ -122,10 +127,11 @@ def fit(
 
     A cache looks at the mean of a request's hidden state, behind the embeddings or behind a layer. Learned ones (GATI,
     arXiv 2101.07344) are perceptrons with the model's answer, distilled from its probabilities and, where they are
-    known, the labels, and trusted by how far the largest probability is above the next. Those of nearest neighbours
-    (Freeze Inference, arXiv 2002.02645) answer as the nearest of many centroids does, and are trusted by the distance
-    to it. Which places get a cache and whom it trusts is chosen on held-out requests, for the least expected time of a
-    single request on this machine within the accuracy budget.
+    known, the labels, and trusted by how far the largest probability is above the next, at the temperature that fits
+    the held-out labels best. Those of nearest neighbours (Freeze Inference, arXiv 2002.02645) answer as the nearest of
+    many centroids does, and are trusted by the distance to it.
+    Which places get a cache and whom it trusts is chosen on held-out requests, for the least expected time of a single
+    request on this machine within the accuracy budget.
 
     Args:
         source: as of ``whet.compile``; a classifier.
@@ -137,6 +143,8 @@ def fit(
         budget: most accuracy to lose, as a share of all requests.
         served: a file of audits. Of its requests half count as data and the others are those to choose on, in place of
             ``held_out``, with the model's own answers as the truth: so caches follow what a module is asked.
+        unlike: texts that belong to no class. Learned caches are taught to be sure of nothing there (outlier exposure,
+            Hendrycks et al. 2019, arXiv 1812.04606).
         progress: told of every phase.
         options: ``task``, ``tokenizer``, ``calibration``, ``quantisation``, ``isa``, … of ``whet.compile``.
 
@@ -148,23 +156,15 @@ def fit(
         raise ValueError(f"kind is {kind!r}; expected one of {', '.join(get_args(Kind))}")
     if not 0 <= budget < 1:
         raise ValueError(f"budget is {budget}; expected a share of requests, at least 0 and below 1")
+    if unlike and kind != "learned":
+        raise ValueError(f"kind is {kind!r}, and unlike is for learned caches alone; leave one out")
     output = Path(output)
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"the folder {output.parent} does not exist; create it, or name another output")
     progress = progress or Silent()
     model = import_model(source, **{k: v for k, v in options.items() if k in ("task", "pooling", "tokenizer")})
     check_can_freeze(model)
-    asked = [] if served is None else audited_requests(served)
-    if served is not None and held_out is not None:
-        raise ValueError("both held_out and served say what to choose on; leave one out")
-    if served is None and held_out is None:
-        chosen = np.random.default_rng(0).permutation(len(data)) % HELD_OUT == 0
-        held_out = [row for row, out in zip(data, chosen, strict=True) if out]
-        data = [row for row, out in zip(data, chosen, strict=True) if not out]
-    held_out = held_out or []
-    for what, count in (("fit", len(data)), ("choose", len(held_out) + len(asked[1::2]))):
-        if count < _LEAST:
-            raise ValueError(f"there are {count} requests to {what} on; expected at least {_LEAST}")
+    data, held_out, asked = _divided(data, held_out, served)
 
     with tempfile.TemporaryDirectory(prefix="whet-freeze-") as folder:
         probe = _compiled(Path(folder) / "probe.so", source, precision, progress, probe=True, **options)
@@ -172,11 +172,13 @@ def fit(
         copies = _THINNED if kind == "learned" else 0
         seen = _observe(probe, data, asked[::2], *sizes, copies, progress)
         chosen_on = _observe(probe, held_out, asked[1::2], *sizes, 0, progress)
+        if unlike:
+            seen = _joined(seen, _observe(probe, unlike, [], *sizes, copies, progress).means)
         layers = len(seen.means)
         with progress.phase("fit caches", layers) as advance:
             caches = []
             for i, means in enumerate(seen.means):
-                caches.append(_fit_cache(i, kind, means, seen))
+                caches.append(_fit_cache(i, kind, means, seen, chosen_on))
                 advance(i + 1)
         found = [look_up(m, *c.arrays, kind=c.kind) for m, c in zip(chosen_on.means, caches, strict=True)]
         answers, trust = (np.array(part) for part in zip(*found, strict=True))
@@ -221,6 +223,26 @@ def fit(
     return report
 
 
+def _divided(
+    data: Sequence[LabelledText | Text],
+    held_out: Sequence[LabelledText | Text] | None,
+    served: str | PathLike[str] | None,
+) -> tuple[Sequence[LabelledText | Text], Sequence[LabelledText | Text], list[Request]]:
+    """What to fit to, what to choose on, and the served requests: half of them for either, in turns."""
+    asked = [] if served is None else audited_requests(served)
+    if served is not None and held_out is not None:
+        raise ValueError("both held_out and served say what to choose on; leave one out")
+    if served is None and held_out is None:
+        chosen = np.random.default_rng(0).permutation(len(data)) % HELD_OUT == 0
+        held_out = [row for row, out in zip(data, chosen, strict=True) if out]
+        data = [row for row, out in zip(data, chosen, strict=True) if not out]
+    held_out = held_out or []
+    for what, count in (("fit", len(data)), ("choose", len(held_out) + len(asked[1::2]))):
+        if count < _LEAST:
+            raise ValueError(f"there are {count} requests to {what} on; expected at least {_LEAST}")
+    return data, held_out, asked
+
+
 def inspect(path: str | PathLike[str]) -> FreezeReport:
     """What was fitted, out of a freeze file. Raises FreezeError where it is damaged."""
     fitted: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in load(path).fitted.items()}
@@ -237,16 +259,30 @@ class _Observed:
     means: list[NDArray[np.float32]]
     """Of the hidden state after 0, 1, 2, … layers, each ``(requests, channels)``."""
     logits: NDArray[np.float32]
+    """Of the model, as the labels without the requests of no class."""
     labels: NDArray[np.int64]
     targets: NDArray[np.float32]
     """Probabilities that a cache should give: the model's, halfway to the label where that is known."""
 
 
-def _fit_cache(layer: int, kind: Kind, means: NDArray[np.float32], seen: _Observed) -> Cache:
+def _joined(seen: _Observed, unlike: Sequence[NDArray[np.float32]]) -> _Observed:
+    """With requests of no class, of which ``unlike`` are the means, drawn to be their share of all."""
+    requests, classes = seen.targets.shape
+    drawn = np.random.default_rng(0).integers(len(unlike[0]), size=round(requests * _UNLIKE / (1 - _UNLIKE)))
+    unsure = np.full((len(drawn), classes), 1 / classes, np.float32)
+    means = [np.concatenate([some, more[drawn]]) for some, more in zip(seen.means, unlike, strict=True)]
+    return replace(seen, means=means, targets=np.concatenate([seen.targets, unsure]))
+
+
+def _fit_cache(layer: int, kind: Kind, means: NDArray[np.float32], seen: _Observed, chosen_on: _Observed) -> Cache:
     if kind == "knn":
         logs = np.log(np.maximum(seen.targets, _LEAST_PROBABILITY)).astype(np.float32)
         return Cache(layer, "clusters", fit_clusters(means, logs, seen.labels), NEVER)
-    return Cache(layer, "perceptron", fit_perceptron(means, seen.targets), NEVER)
+    *arrays, scale, bias = fit_perceptron(means, seen.targets)
+    logits, _ = look_up(chosen_on.means[layer], *arrays, scale, bias, kind="perceptron")
+    sharper = np.float32(fit_weights([logits], chosen_on.labels).item())
+    sharper = max(sharper, np.float32(_LEAST_SURE))
+    return Cache(layer, "perceptron", (*arrays, scale * sharper, bias * sharper), NEVER)
 
 
 def _losses(answers: NDArray[np.float32], on: _Observed) -> NDArray[np.float64]:

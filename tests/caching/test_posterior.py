@@ -1,9 +1,10 @@
 """The probabilities that losses are estimated by: true on average, and surer than one expert alone."""
 
 import numpy as np
+import pytest
 
 from whet.caching.learn import softmax
-from whet.caching.posterior import fit_posterior
+from whet.caching.posterior import fit_posterior, fit_weights
 
 
 def world(requests=4000, classes=5, seed=0):
@@ -30,6 +31,12 @@ def test_probabilities_are_calibrated_and_better_than_those_of_each_expert():
     for low, high in ((0.3, 0.6), (0.6, 0.9), (0.9, 1.0)):
         some = (sure >= low) & (sure < high)
         assert abs(sure[some].mean() - right[some].mean()) < 0.04
+
+
+def test_one_expert_is_brought_to_its_temperature():
+    experts, labels = world()
+    assert fit_weights(experts[:1], labels) == pytest.approx([1], abs=0.05)
+    assert fit_weights(experts[1:], labels) == pytest.approx([1 / 3], abs=0.02)
 
 
 def test_the_mean_of_losses_is_that_of_labels_with_less_noise():

@@ -119,6 +119,24 @@ def test_caches_learn_what_was_asked(modules, model, texts, tmp_path):
         fit(model, tmp_path / "c.freeze", texts, served=f"{path}.audit")
 
 
+def test_requests_of_no_class_are_passed_on(modules, model, texts, tmp_path):
+    words = sorted({word for text in texts for word in text.split()})[:12]
+    strange = [" ".join(np.random.default_rng(i).choice(words, 6)) for i in range(300)]
+    (tmp_path / "strange.txt").write_text("\n".join(strange[:200]))
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    command = ["freeze", "fit", str(model), "--data", str(tmp_path / "texts.txt"), "--precision", "fp32"]
+    command += ["--budget", "0.3", "--unlike", str(tmp_path / "strange.txt"), "-o", str(tmp_path / "b.freeze")]
+    assert cli.main(command) == 0
+    whet.compile(model, tmp_path / "m.so", "fp32", isa="avx2", freeze=tmp_path / "b.freeze")
+    sessions = [whet.load(path, threads=1) for path in (modules[0], tmp_path / "m.so")]
+    for session in sessions:
+        session.thresholds[:] = 0  # all leave at the first cache
+    (known, before), (now_known, now) = ([s.trace(some)[2].mean() for some in (texts, strange[200:])] for s in sessions)
+    assert now < 0.7 * before and now_known > 0.8 * known
+    with pytest.raises(ValueError, match="unlike is for learned caches alone"):
+        fit(model, tmp_path / "c.freeze", texts, unlike=strange, kind="knn")
+
+
 def test_no_copy_is_empty_even_where_a_tokenizer_adds_nothing():
     request, rng = Request(np.array([7]), np.arange(1), None), np.random.default_rng(0)
     assert all(len(_thinned(request, np.array([], int), rng).ids) == 1 for _ in range(50))

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,13 +20,16 @@ from whet.runtime.ffi import tvm_ffi
 from whet.runtime.library import load_runtime
 from whet.runtime.memo import Memo
 from whet.runtime.metadata import ArtifactError, Metadata
-from whet.runtime.packing import TILE, aligned, pack, pack_records, positions_within, split, starts, unpack
+from whet.runtime.packing import Packed, aligned, positions_within, split, starts, tiles_of, unpack
 from whet.runtime.threads import available_cpus, use_threads
 
 T = TypeVar("T")
 
 # The virtual machine's pooled allocator (2) would keep a buffer for every size that it ever saw.
 _CPU, _DEVICE, _NOT_POOLED = 1, 0, 1
+
+_KEPT = 8
+"""Tiles of a call whose arrays a thread keeps for the next of its size: making them takes longer than filling them."""
 
 
 class Engine:
@@ -255,15 +258,14 @@ class Engine:
         for requests in split(lengths, self.metadata.max_tokens):
             tokens = slice(start, start + int(lengths[requests].sum()))
             rows = tokens if per_token else requests
-            args: list[NDArray[Any]] = [
-                *pack(ids[tokens], positions[tokens], 0 if types is None else types[tokens], lengths[requests])
-            ]
-            units = args[0] if per_token else args[3]
-            tiles = aligned((len(units), self._channels, TILE), np.float32)
-            if self.metadata.records is not None:
-                args.append(pack_records(args[3], None if records is None else records[requests]))
-            self._call(self._invoke_packed, [*args, tiles])
-            out[rows] = unpack(tiles, rows.stop - rows.start)
+            out[rows] = self._call(
+                self._invoke_packed,
+                ids[tokens],
+                positions[tokens],
+                0 if types is None else types[tokens],
+                lengths[requests],
+                None if records is None else records[requests],
+            )
             start = tokens.stop
         return out
 
@@ -289,7 +291,7 @@ class Engine:
                 )
             args.append(aligned(ids.shape, np.int64))
             args[-1][...] = given[name]
-        values = self._call(self._invoke_padded, args)
+        values = self._call(self._invoke_padded, *args)
         # Question answering graphs return start and end logits apart; elsewhere the first output is the answer.
         pair = self.metadata.task == "question_answering" and len(values) > 1
         out = np.stack(values[:2], axis=-1) if pair else values[0]
@@ -313,20 +315,41 @@ class Engine:
     def _too_long(self, what: str) -> str:
         return f"{what}; this model takes at most {self.metadata.max_length} tokens: truncate the input"
 
-    def _call(self, invoke: Callable[[list[NDArray[Any]]], T], args: list[NDArray[Any]]) -> T:
+    def _call(self, invoke: Callable[..., T], *args: Any) -> T:
         """Run compiled code with as many threads as the engine has."""
         if use_threads(self.threads, self._runtime):
-            return invoke(args)
-        return self._helper().submit(self._invoke_elsewhere, invoke, args).result()
+            return invoke(*args)
+        return self._helper().submit(self._invoke_elsewhere, invoke, *args).result()
 
-    def _invoke_elsewhere(self, invoke: Callable[[list[NDArray[Any]]], T], args: list[NDArray[Any]]) -> T:
+    def _invoke_elsewhere(self, invoke: Callable[..., T], *args: Any) -> T:
         use_threads(self.threads, self._runtime)
-        return invoke(args)
+        return invoke(*args)
 
-    def _invoke_packed(self, args: list[NDArray[Any]]) -> None:
-        """Call the compiled function; the last of ``args`` is what it writes."""
-        *inputs, out = map(tvm_ffi.from_dlpack, args)
-        self._main(*inputs, self._weights, self._workspace(len(args[0]), len(args[3])), out)
+    def _invoke_packed(
+        self,
+        ids: NDArray[Any],
+        positions: NDArray[Any],
+        types: NDArray[Any] | Literal[0],
+        lengths: NDArray[np.int64],
+        records: NDArray[np.int64] | None,
+    ) -> NDArray[np.float32]:
+        """Call the compiled function on what fits one call; arguments as of :meth:`Packed.fill`."""
+        packed, inputs, out = self._arguments(tiles_of(len(ids)), tiles_of(len(lengths)))
+        packed.fill(ids, positions, types, lengths, records)
+        self._main(*inputs, self._weights, self._workspace(packed.tiles, packed.groups), out)
+        return unpack(packed.out, len(ids) if self.metadata.output.per == "token" else len(lengths))
+
+    def _arguments(self, tiles: int, groups: int) -> tuple[Packed, list[Any], Any]:
+        """Arrays for a call of this size, and what compiled code takes for them; the calling thread's own."""
+        kept: dict[tuple[int, int], tuple[Packed, list[Any], Any]] = self._local.__dict__.setdefault("arguments", {})
+        found = kept.get((tiles, groups))
+        if found is None:
+            per_token, recorded = self.metadata.output.per == "token", self.metadata.records is not None
+            packed = Packed(tiles, groups, self._channels, per_token=per_token, recorded=recorded)
+            found = packed, list(map(tvm_ffi.from_dlpack, packed.arrays)), tvm_ffi.from_dlpack(packed.out)
+            if tiles <= _KEPT:
+                kept[tiles, groups] = found
+        return found
 
     def _workspace(self, tiles: int, groups: int) -> Any:
         """Scratch memory of the calling thread; it grows with the largest call, which ``max_tokens`` bounds."""
@@ -336,7 +359,7 @@ class Engine:
             held = self._local.workspace = tvm_ffi.from_dlpack(aligned((size,), np.uint8))
         return held
 
-    def _invoke_padded(self, args: list[NDArray[Any]]) -> list[NDArray[Any]]:
+    def _invoke_padded(self, *args: NDArray[Any]) -> list[NDArray[Any]]:
         """Call ``main`` of a Relax VM; the results are copies."""
         main = getattr(self._local, "main", None)
         if main is None:

@@ -23,46 +23,64 @@ def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def pack(
-    ids: NDArray[Any], positions: NDArray[Any], token_types: NDArray[Any] | Literal[0], lengths: NDArray[np.int64]
-) -> list[NDArray[np.int32]]:
-    """Arguments of ``main``.
+class Packed:
+    """What ``main`` takes of requests and what it writes: arrays for calls of so many tiles and groups.
 
-    Args:
-        ids: integers ``(tokens,)``.
-        positions: integers ``(tokens,)``.
-        token_types: integers ``(tokens,)``, or 0 for all.
-        lengths: int64 ``(requests,)``, which sum to ``tokens``.
-
-    Returns:
-        int32 ids, positions, token types ``(tiles, 16)`` and segments ``(groups, 16, 2)``. The rest of the last tile is
-        0, which every table has; unused segments have length 0.
-
+    ``tokens`` int32 ``(3, tiles, 16)`` are ids, positions and token types; then segments int32 ``(groups, 16, 2)``,
+    perhaps records, the addresses int64 of the same shape, and ``out`` float32 ``(tiles or groups, channels, 16)``.
     """
-    count, requests = len(ids), len(lengths)
-    tokens = aligned((3, -(-count // TILE), TILE), np.int32)
-    rows = tokens.reshape(3, -1)
-    rows[0, :count] = ids
-    rows[1, :count] = positions
-    rows[2, :count] = token_types
-    rows[:, count:] = 0
-    segments = aligned((-(-requests // TILE), TILE, 2), np.int32)
-    flat = segments.reshape(-1, 2)
-    flat[:requests, 0] = starts(lengths)
-    flat[:requests, 1] = lengths
-    flat[requests:] = 0
-    return [*tokens, segments]
+
+    def __init__(self, tiles: int, groups: int, channels: int, *, per_token: bool, recorded: bool) -> None:
+        self.tiles, self.groups = tiles, groups
+        self._tokens = aligned((3, tiles, TILE), np.int32)
+        self._segments = aligned((groups, TILE, 2), np.int32)
+        self._records = aligned((groups, TILE, 2), np.int64) if recorded else None
+        self.out: NDArray[np.float32] = aligned((tiles if per_token else groups, channels, TILE), np.float32)
+
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        """In the order in which ``main`` takes them, ``out`` excepted."""
+        return [*self._tokens, self._segments, *([] if self._records is None else [self._records])]
+
+    def fill(
+        self,
+        ids: NDArray[Any],
+        positions: NDArray[Any],
+        token_types: NDArray[Any] | Literal[0],
+        lengths: NDArray[np.int64],
+        records: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Write requests; there are as many tiles and groups as they fill.
+
+        Args:
+            ids: integers ``(tokens,)``.
+            positions: integers ``(tokens,)``.
+            token_types: integers ``(tokens,)``, or 0 for all.
+            lengths: int64 ``(requests,)``, which sum to ``tokens``.
+            records: addresses ``(requests, 2)``; 0 where there are none, or for all if None.
+
+        The rest of the last tile becomes 0, which every table has, and the length of unused segments.
+
+        """
+        count, requests = len(ids), len(lengths)
+        rows = self._tokens.reshape(3, -1)
+        rows[0, :count] = ids
+        rows[1, :count] = positions
+        rows[2, :count] = token_types
+        rows[:, count:] = 0
+        segments = self._segments.reshape(-1, 2)
+        segments[:requests, 0] = starts(lengths)
+        segments[:requests, 1] = lengths
+        segments[requests:] = 0
+        if self._records is not None:
+            flat = self._records.reshape(-1, 2)
+            flat[:requests] = 0 if records is None else records
+            flat[requests:] = 0
 
 
-def pack_records(segments: NDArray[np.int32], records: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Addresses ``(requests, 2)`` in the shape of their segments ``(groups, 16, 2)``; 0 where there are none."""
-    packed = aligned(segments.shape, np.int64)
-    flat = packed.reshape(-1, 2)
-    count = 0 if records is None else len(records)
-    if count:
-        flat[:count] = records
-    flat[count:] = 0
-    return packed
+def tiles_of(count: int) -> int:
+    """Tiles that so many tokens fill, or groups that so many requests fill."""
+    return -(-count // TILE)
 
 
 def unpack(tiles: NDArray[np.float32], columns: int) -> NDArray[np.float32]:

@@ -165,15 +165,16 @@ def fit(
     model = import_model(source, **{k: v for k, v in options.items() if k in ("task", "pooling", "tokenizer")})
     check_can_freeze(model)
     data, held_out, asked = _divided(data, held_out, served)
+    sizes = _sizes(model)
+    known = [_known(rows, model.labels, sizes[0]) for rows in (data, held_out)]
 
     with tempfile.TemporaryDirectory(prefix="whet-freeze-") as folder:
         probe = _compiled(Path(folder) / "probe.so", source, precision, progress, probe=True, **options)
-        sizes = _sizes(model)
         copies = _THINNED if kind == "learned" else 0
-        seen = _observe(probe, data, asked[::2], *sizes, copies, progress)
-        chosen_on = _observe(probe, held_out, asked[1::2], *sizes, 0, progress)
+        seen = _observe(probe, data, known[0], asked[::2], *sizes, copies, progress)
+        chosen_on = _observe(probe, held_out, known[1], asked[1::2], *sizes, 0, progress)
         if unlike:
-            seen = _joined(seen, _observe(probe, unlike, [], *sizes, copies, progress).means)
+            seen = _joined(seen, _observe(probe, unlike, [], [], *sizes, copies, progress).means)
         layers = len(seen.means)
         with progress.phase("fit caches", layers) as advance:
             caches = []
@@ -310,6 +311,14 @@ def _text(row: LabelledText | Text) -> Text:
     return row.text if isinstance(row, LabelledText) else row
 
 
+def _known(rows: Sequence[LabelledText | Text], labels: Sequence[str], classes: int) -> list[int]:
+    """The classes of rows that have labels; raises ValueError where only some have, or one is unknown."""
+    given = [row.label for row in rows if isinstance(row, LabelledText)]
+    if given and len(given) < len(rows):
+        raise ValueError(f"{len(given)} of {len(rows)} requests have labels; expected all or none")
+    return [class_of(label, labels, classes) for label in given]
+
+
 def _requests(probe: Session, rows: Sequence[LabelledText | Text]) -> list[Request]:
     found = probe.requests([_text(row) for row in rows])
     return [Request(ids, np.arange(len(ids)), types) for ids, types in found]
@@ -326,17 +335,14 @@ def _thinned(request: Request, special: NDArray[Any], rng: np.random.Generator) 
 def _observe(
     probe: Session,
     rows: Sequence[LabelledText | Text],
+    known: Sequence[int],
     served: Sequence[Request],
     classes: int,
     channels: int,
     copies: int,
     progress: Progress,
 ) -> _Observed:
-    """Run rows of data, and requests that were served, and so many thinned copies of all of them."""
-    labels = [row.label for row in rows if isinstance(row, LabelledText)]
-    if labels and len(labels) < len(rows):
-        raise ValueError(f"{len(labels)} of {len(rows)} requests have labels; expected all or none")
-    known = [class_of(label, probe.metadata.labels, classes) for label in labels]
+    """Run rows of data, whose classes may be ``known``, and served requests, and thinned copies of all of them."""
     requests = [*_requests(probe, rows), *served]
     rng = np.random.default_rng(0)
     (special,) = _requests(probe, [""])

@@ -82,11 +82,22 @@ def test_answers_do_not_depend_on_neighbours(request_):
 def test_batches_are_split_into_calls(token, monkeypatch):
     sizes = []
     invoke = type(token)._invoke_packed
-    counted = lambda self, args: sizes.append(args[0].size) or invoke(self, args)  # noqa: E731
+    counted = lambda self, ids, *more: sizes.append(len(ids)) or invoke(self, ids, *more)  # noqa: E731
     monkeypatch.setattr(type(token), "_invoke_packed", counted)
     lengths = np.array([MAX_LENGTH, 40, 40, 1, 1, MAX_LENGTH])
     token.run_packed(np.zeros(lengths.sum(), int), lengths)
-    assert sizes == [64, 96, 64]  # 64 | 40 + 40 + 1 + 1 | 64, in whole tiles
+    assert sizes == [64, 40 + 40 + 1 + 1, 64]
+
+
+def test_calls_of_one_size_keep_nothing_of_each_other(token):
+    rng = np.random.default_rng(5)
+    first, second = (rng.integers(0, VOCAB, n) for n in (15, 3))
+    before = token.run_packed(first, [9, 6])
+    kept = before.copy()
+    after = token.run_packed(second, [3])
+    np.testing.assert_array_equal(before, kept)
+    np.testing.assert_array_equal(token.run_packed(second, [3]), after)
+    np.testing.assert_array_equal(token.run_packed(first, [9, 6]), kept)
 
 
 def test_run_packed_matches_run(token, request_):

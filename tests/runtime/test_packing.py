@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from whet.runtime.packing import aligned, pack, positions_within, split, unpack
+from whet.runtime.packing import Packed, aligned, positions_within, split, tiles_of, unpack
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (1,), (3, 5), (2, 3, 16)])
@@ -22,7 +22,12 @@ def test_pack(lengths):
     total = int(lengths.sum())
     rng = np.random.default_rng(0)
     planes = [rng.integers(1, 99, total) for _ in range(3)]
-    *tiles, segments = pack(*planes, lengths)
+    packed = Packed(tiles_of(total), tiles_of(len(lengths)), 5, per_token=False, recorded=True)
+    for array in packed.arrays:
+        array[...] = 77  # what an earlier call left
+    records = rng.integers(1, 99, (len(lengths), 2))
+    packed.fill(*planes, lengths, records)
+    *tiles, segments, addresses = packed.arrays
     for tile, plane in zip(tiles, planes, strict=True):
         assert tile.shape == (-(-total // 16), 16)
         assert tile.dtype == np.int32
@@ -34,6 +39,11 @@ def test_pack(lengths):
     np.testing.assert_array_equal(flat[: len(lengths), 1], lengths)
     np.testing.assert_array_equal(flat[: len(lengths), 0], np.r_[0, np.cumsum(lengths)[:-1]])
     assert not flat[len(lengths) :].any()
+    np.testing.assert_array_equal(addresses.reshape(-1, 2)[: len(lengths)], records)
+    assert not addresses.reshape(-1, 2)[len(lengths) :].any()
+    packed.fill(*planes, lengths)
+    assert not addresses.any()
+    assert packed.out.shape == (segments.shape[0], 5, 16)
 
 
 def test_unpack():

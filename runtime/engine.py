@@ -29,7 +29,7 @@ T = TypeVar("T")
 _CPU, _DEVICE, _NOT_POOLED = 1, 0, 1
 
 _KEPT = 8
-"""Tiles of a call whose arrays a thread keeps for the next of its size: making them takes longer than filling them."""
+"""Tiles of a call of one group whose arrays a thread keeps for the next: making them takes longer than filling them."""
 
 
 class Engine:
@@ -347,7 +347,7 @@ class Engine:
             per_token, recorded = self.metadata.output.per == "token", self.metadata.records is not None
             packed = Packed(tiles, groups, self._channels, per_token=per_token, recorded=recorded)
             found = packed, list(map(tvm_ffi.from_dlpack, packed.arrays)), tvm_ffi.from_dlpack(packed.out)
-            if tiles <= _KEPT:
+            if tiles <= _KEPT and groups == 1:
                 kept[tiles, groups] = found
         return found
 

@@ -334,9 +334,10 @@ class Engine:
         records: NDArray[np.int64] | None,
     ) -> NDArray[np.float32]:
         """Call the compiled function on what fits one call; arguments as of :meth:`Packed.fill`."""
-        packed, inputs, out = self._arguments(tiles_of(len(ids)), tiles_of(len(lengths)))
+        tiles, groups = tiles_of(len(ids)), tiles_of(len(lengths))
+        packed, inputs, out = self._arguments(tiles, groups)
         packed.fill(ids, positions, types, lengths, records)
-        self._main(*inputs, self._weights, self._workspace(packed.tiles, packed.groups), out)
+        self._main(*inputs, self._weights, self._workspace(tiles, groups), out)
         return unpack(packed.out, len(ids) if self.metadata.output.per == "token" else len(lengths))
 
     def _arguments(self, tiles: int, groups: int) -> tuple[Packed, list[Any], Any]:

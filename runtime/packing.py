@@ -31,7 +31,6 @@ class Packed:
     """
 
     def __init__(self, tiles: int, groups: int, channels: int, *, per_token: bool, recorded: bool) -> None:
-        self.tiles, self.groups = tiles, groups
         self._tokens = aligned((3, tiles, TILE), np.int32)
         self._segments = aligned((groups, TILE, 2), np.int32)
         self._records = aligned((groups, TILE, 2), np.int64) if recorded else None

@@ -174,7 +174,7 @@ def fit(
         seen = _observe(probe, data, known[0], asked[::2], *sizes, copies, progress)
         chosen_on = _observe(probe, held_out, known[1], asked[1::2], *sizes, 0, progress)
         if unlike:
-            seen = _joined(seen, _observe(probe, unlike, [], [], *sizes, copies, progress).means)
+            seen = _with_unlike(seen, _observe(probe, unlike, [], [], *sizes, copies, progress))
         layers = len(seen.means)
         with progress.phase("fit caches", layers) as advance:
             caches = []
@@ -260,19 +260,21 @@ class _Observed:
     means: list[NDArray[np.float32]]
     """Of the hidden state after 0, 1, 2, … layers, each ``(requests, channels)``."""
     logits: NDArray[np.float32]
-    """Of the model, as the labels without the requests of no class."""
     labels: NDArray[np.int64]
     targets: NDArray[np.float32]
     """Probabilities that a cache should give: the model's, halfway to the label where that is known."""
 
 
-def _joined(seen: _Observed, unlike: Sequence[NDArray[np.float32]]) -> _Observed:
-    """With requests of no class, of which ``unlike`` are the means, drawn to be their share of all."""
+def _with_unlike(seen: _Observed, unlike: _Observed) -> _Observed:
+    """And requests of no class, drawn to be their share of all, of which nothing shall be sure."""
     requests, classes = seen.targets.shape
-    drawn = np.random.default_rng(0).integers(len(unlike[0]), size=round(requests * _UNLIKE / (1 - _UNLIKE)))
-    unsure = np.full((len(drawn), classes), 1 / classes, np.float32)
-    means = [np.concatenate([some, more[drawn]]) for some, more in zip(seen.means, unlike, strict=True)]
-    return replace(seen, means=means, targets=np.concatenate([seen.targets, unsure]))
+    drawn = np.random.default_rng(0).integers(len(unlike.labels), size=round(requests * _UNLIKE / (1 - _UNLIKE)))
+    return _Observed(
+        [np.concatenate([some, more[drawn]]) for some, more in zip(seen.means, unlike.means, strict=True)],
+        np.concatenate([seen.logits, unlike.logits[drawn]]),
+        np.concatenate([seen.labels, unlike.labels[drawn]]),
+        np.concatenate([seen.targets, np.full((len(drawn), classes), 1 / classes, np.float32)]),
+    )
 
 
 def _fit_cache(layer: int, kind: Kind, means: NDArray[np.float32], seen: _Observed, chosen_on: _Observed) -> Cache:

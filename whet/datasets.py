@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from whet.files import read_text
+
 Text: TypeAlias = "str | tuple[str, str]"
 
 
@@ -86,11 +88,7 @@ def read_texts(path: str | PathLike[str], pairs: bool = False) -> list[Text]:
         FileNotFoundError: no such file.
 
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    lines = read_text(Path(path)).splitlines()
     kept = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
     return [split_pair(line, f"{path}:{i}") if pairs and "\t" in line else line for i, line in kept]
 

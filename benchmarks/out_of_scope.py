@@ -2,8 +2,8 @@
 
     python benchmarks/out_of_scope.py test.csv outside.txt plain.so frozen.so …
 
-``test.csv`` has requests of the classes, ``text,label``; ``outside.txt`` a request of no class per line. The modules are
-of one model, plain first, then with caches.
+``test.csv`` has requests of the classes, ``text,label``; ``outside.txt`` a request of no class per line. The modules
+are of one model, plain first, then with caches.
 """
 
 from __future__ import annotations

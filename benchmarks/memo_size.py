@@ -6,9 +6,10 @@
     whet memo build m.so --corpus corpus.txt --held-out held-out.txt --memory 2GiB -o m.memo
     python benchmarks/memo_size.py NAME m.so m.memo OUT/questions.txt                # writes results/NAME.md and .svg
 
-``m.memo`` gives the distances of the levels, and of each length what a request and a hit take; the texts are in random
-order: the first ``QUERIES`` are asked, the others are the records. A record's attention is not made: hits follow from
-the tokens alone. A look-up's time is the CPU time of one thread; pin the process to a core. Needs matplotlib.
+``m.memo`` gives the keys and distances of the levels, and of each length what a request and a hit take; the texts are
+in random order: the first ``QUERIES`` are asked, the others are the records. A record's attention is not made: hits
+follow from the tokens alone. A look-up's time is the CPU time of one thread; pin the process to a core. Needs
+matplotlib.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def main() -> None:
     rows = []
     for n in SIZES:
         with records(MemoFile(memo), requests[QUERIES : QUERIES + n]) as path:
-            rows.append(measure(Memo(path, session.metadata), requests[:QUERIES], report.buckets))
+            memos = {level: Memo(path, session.metadata, level=level) for level in LEVELS}
+            rows.append(measure(memos, requests[:QUERIES], report.buckets))
     head = ["records", "MB", *(f"hit, {level}" for level in LEVELS), "µs of a look-up", "µs saved per request, default"]
     body = [
         [
@@ -74,7 +76,8 @@ def main() -> None:
 @contextmanager
 def records(like: MemoFile, requests: Sequence[NDArray[np.int32]]) -> Iterator[Path]:
     """Make a memo file of requests, with nothing for attention, that looks up at all lengths."""
-    keys = Keys(like.vectors, max(tokens.shape[1] for tokens in requests))
+    longest = max(tokens.shape[1] for tokens in requests)
+    kinds = [Keys(vectors, longest) for vectors in like.vectors]
     description = replace(like.description, capacity=len(requests), pays={level: [[1, 1 << 16]] for level in LEVELS})
     needed = sum(description.record_size(tokens.shape[1]) for tokens in requests)
     description = replace(description, size=description.first_record + needed)
@@ -83,24 +86,24 @@ def records(like: MemoFile, requests: Sequence[NDArray[np.int32]]) -> Iterator[P
         create(path, description, like.vectors)
         file = MemoFile(path, writable=True)
         for tokens in requests:
-            file.add(tokens, keys.key(tokens[0]))
+            file.add(tokens, np.stack([keys.key(tokens[0]) for keys in kinds]))
         yield path
 
 
-def measure(memo: Memo, asked: Sequence[NDArray[np.int32]], buckets: Sequence[Bucket]) -> dict[str, float]:
+def measure(memos: dict[str, Memo], asked: Sequence[NDArray[np.int32]], buckets: Sequence[Bucket]) -> dict[str, float]:
     """Shares of hits by level, bytes, mean microseconds of a look-up, and those saved per request."""
-    description = memo.file.description
+    description = memos["default"].file.description
     hits = dict.fromkeys(LEVELS, 0)
     seconds, saved = [], 0.0
     for tokens in asked:
-        distance = memo.nearest(tokens, np.inf)[1]
         length = tokens.shape[1]
         start = time.thread_time()
-        memo.find(tokens[0], tokens[1], np.array([length]))
+        memos["default"].find(tokens[0], tokens[1], np.array([length]))
         seconds.append(time.thread_time() - start)
-        for level in LEVELS:
-            hits[level] += distance <= description.levels[level]
-        if distance <= description.levels["default"]:
+        found = {level: memo.nearest(tokens, description.levels[level])[0] for level, memo in memos.items()}
+        for level, record in found.items():
+            hits[level] += record is not None
+        if found["default"] is not None:
             bucket = next((b for b in buckets if b.lengths[0] <= length <= b.lengths[1]), buckets[-1])
             saved += bucket.plain - bucket.hit
     look_up = float(np.mean(seconds)) * 1e6

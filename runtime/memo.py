@@ -1,9 +1,9 @@
 """Finds the record that a request can use: of an earlier one with the same tokens, or of the nearest in a memo file.
 
 One look-up serves all layers, before the first of them. The distance of two requests of the same number of tokens is
-that of their word embeddings, projected, place by place: the root of the mean over places of the squared distance. A
-key of a fixed size, a sum of the projections with signs that belong to the places, has nearly the same distances and
-finds the nearest; whether it is near enough its tokens say.
+that of the vectors of their words, place by place: the root of the mean over places of the squared distance. A key of a
+fixed size, a sum of the vectors with signs that belong to the places, has nearly the same distances and finds the
+nearest; whether it is near enough its tokens say. There are two kinds of vectors, ``memo_file.KEYS``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.runtime.memo_file import MemoError, MemoFile, hash_of
+from whet.runtime.memo_file import KEYS, MemoError, MemoFile, hash_of
 from whet.runtime.metadata import Metadata
 from whet.runtime.packing import starts
 
@@ -76,10 +76,13 @@ class Found:
 class _Index:
     """The records of one file by their tokens, and when they were last used."""
 
-    def __init__(self, file: MemoFile, max_length: int) -> None:
+    def __init__(self, file: MemoFile, max_length: int, kind: str) -> None:
         self.file = file
-        self.keys = Keys(file.vectors, max_length)
         self.max_length = max_length
+        self.kind = kind
+        """Of the keys by which the nearest is found."""
+        self._every = [Keys(vectors, max_length) for vectors in file.vectors]
+        self._keys, self._stored = self._every[KEYS.index(kind)], file.keys[KEYS.index(kind)]
         self._lock = threading.RLock()
         self._known = 0
         self._by_hash: dict[int, int] = {}
@@ -98,12 +101,16 @@ class _Index:
         if within <= 0 or length not in self._by_length:
             return None, np.inf
         indices, keys, norms = self._of_length.get(length) or self._gather(length)
-        index = int(indices[(norms - 2 * (keys @ self.keys.key(tokens[0]))).argmin()])
+        index = int(indices[(norms - 2 * (keys @ self._keys.key(tokens[0]))).argmin()])
         other = self.file.tokens(index)
         if not np.array_equal(other[1], tokens[1]):
             return None, np.inf
-        distance = self.keys.distance(tokens[0], other[0])
+        distance = self._keys.distance(tokens[0], other[0])
         return (index if distance <= within else None), distance
+
+    def keys_of(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Of each kind the key of a request's ``tokens`` ``(2, length)``."""
+        return np.stack([keys.key(tokens[0]) for keys in self._every])
 
     def use(self, index: int) -> None:
         """Note that a record is of use."""
@@ -121,7 +128,7 @@ class _Index:
         latest = [*others, *used][::-1][: int(KEPT * d.capacity)]
         fit = np.searchsorted(np.cumsum([sizes[i] for i in latest]), KEPT * (d.size - d.first_record), side="right")
         keep = sorted(latest[: int(fit)])
-        index = _Index(self.file.thinned(keep), self.max_length)
+        index = _Index(self.file.thinned(keep), self.max_length, self.kind)
         new = {old: number for number, old in enumerate(keep)}
         index.used = {new[old]: None for old in used if old in new}
         return index
@@ -146,7 +153,7 @@ class _Index:
         first, last = int(indices[0]), int(indices[-1])
         # Where they stand together, as building puts them, the keys are pages of the file.
         together = last - first + 1 == len(indices)
-        keys = self.file.keys[first : last + 1] if together else self.file.keys[indices]
+        keys = self._stored[first : last + 1] if together else self._stored[indices]
         self._of_length[length] = indices, keys, np.einsum("nd,nd->n", keys, keys)
         return self._of_length[length]
 
@@ -186,7 +193,7 @@ class Memo:
                 f"{path} was built for another model, or another build of it ({description.name}); build one for this "
                 "module: whet memo build"
             )
-        self._index = _Index(file, metadata.max_length)
+        self._index = _Index(file, metadata.max_length, description.keys_of[level])
         self._nearest = description.levels[level]
         self._pays = np.zeros(metadata.max_length + 1, np.bool_)
         for first, last in description.pays[level]:
@@ -220,6 +227,14 @@ class Memo:
         self.misses += int(wanted.sum()) - hits
         return Found(found, index.file) if hits or self.grows else None
 
+    def learn(self, vectors: NDArray[np.float32]) -> None:
+        """Put learned vectors ``(vocabulary, dimensions)`` into the file, and each record's key by them."""
+        file, kind = self.file, KEYS.index("learned")
+        file.vectors[kind] = vectors
+        keys = Keys(vectors, self._index.max_length)
+        for i in range(file.count):
+            file.keys[kind, i] = keys.key(file.tokens(i)[0])
+
     def wants(self, length: int) -> bool:
         """Whether a record of so many tokens is of use and fits, at least once others have left."""
         d = self.file.description
@@ -237,7 +252,7 @@ class Memo:
             room = Room(address or 0)
             yield room
             if room.complete and address is not None:
-                index.file.add(tokens, index.keys.key(tokens[0]))
+                index.file.add(tokens, index.keys_of(tokens))
                 index.take_in_new()
                 index.use(index.file.count - 1)
 
@@ -265,7 +280,7 @@ class Memo:
             file = MemoFile(self.file.path)
             if file.description != self.file.description:
                 raise MemoError(f"{file.path} was built anew; load the module again to use that")
-            self._index = _Index(file, self._index.max_length)
+            self._index = _Index(file, self._index.max_length, self._index.kind)
         except (MemoError, OSError) as error:
             self._follows = False
             warnings.warn(f"the memo file that was opened stays in use: {error}", stacklevel=2)

@@ -4,9 +4,9 @@
 at             contents
 =============  ============================================================================================
 0              magic, format, size and SHA-256 of the description, number of records; the description, JSON
-``vectors``    float32 ``(vocabulary, dimensions)``: what a token adds to a request's key
+``vectors``    float32 ``(2, vocabulary, dimensions)``: what a token adds to a request's keys, of each of ``KEYS``
 ``entries``    one for each record there is room for, see ``ENTRY``
-``keys``       float32 ``(capacity, dimensions)``
+``keys``       float32 ``(2, capacity, dimensions)``
 ``records``    per record its attention (whet.schedules.attention_memoized), then token ids and types, int32
 =============  ============================================================================================
 
@@ -35,12 +35,15 @@ from numpy.typing import NDArray
 
 from whet.runtime.metadata import ALIGNMENT, Records
 
-FORMAT = 1
+FORMAT = 2
 _MAGIC = b"WHETMEMO"
 _HEADER = struct.Struct("<8sII32s")
 _COUNT = 56
 """Where the number of records stands, unsigned 64-bit."""
 _PAGE = 4096
+
+KEYS = ("words", "learned")
+"""Kinds of keys: of word embeddings as they are, and of what was learned of them (whet.caching.word_key)."""
 
 ENTRY = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("checksum", "<u4"), ("check", "<u8")])
 """Of a record: hash of its tokens; first byte; tokens; CRC-32 of its bytes; what these fields make, see ``_checks``."""
@@ -65,6 +68,8 @@ class Description:
     """Bytes of the file."""
     levels: dict[str, float]
     """By name the largest distance of a hit."""
+    keys_of: dict[str, str]
+    """By name of a level the kind of keys that distances are of."""
     pays: dict[str, list[list[int]]]
     """By name of a level the lengths, first and last, at which looking up pays."""
     report: dict[str, Any]
@@ -77,7 +82,7 @@ class Description:
 
     @property
     def entries(self) -> int:  # noqa: D102
-        return _page(self.vectors + 4 * self.vocabulary * self.dimensions)
+        return _page(self.vectors + 4 * len(KEYS) * self.vocabulary * self.dimensions)
 
     @property
     def keys(self) -> int:  # noqa: D102
@@ -85,7 +90,7 @@ class Description:
 
     @property
     def first_record(self) -> int:  # noqa: D102
-        return _page(self.keys + 4 * self.dimensions * self.capacity)
+        return _page(self.keys + 4 * len(KEYS) * self.dimensions * self.capacity)
 
     def record_size(self, length: int) -> int:
         """Bytes of a record with its tokens."""
@@ -111,9 +116,9 @@ class MemoFile:
                 raise MemoError(f"{path} is no memo file, or cut off; make one: whet memo build")
             self._pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
         self.description = d = self._describe()
-        self.vectors = self._view(np.float32, d.vectors, (d.vocabulary, d.dimensions))
+        self.vectors = self._view(np.float32, d.vectors, (len(KEYS), d.vocabulary, d.dimensions))
         self.entries = self._view(ENTRY, d.entries, (d.capacity,))
-        self.keys = self._view(np.float32, d.keys, (d.capacity, d.dimensions))
+        self.keys = self._view(np.float32, d.keys, (len(KEYS), d.capacity, d.dimensions))
         self._address = int(np.frombuffer(self._pages, np.uint8).__array_interface__["data"][0])
         self._check_entries()
 
@@ -140,21 +145,26 @@ class MemoFile:
         offset = int(self.entries["offset"][index]) + self.description.records.size(length)
         return np.frombuffer(self._pages, np.int32, 2 * length, offset).reshape(2, length)
 
+    def attention(self, index: int) -> NDArray[np.uint8]:
+        """Of a record, flat, as ``whet.schedules.attention_memoized`` lays it out."""
+        size = self.description.records.size(int(self.entries["length"][index]))
+        return np.frombuffer(self._pages, np.uint8, size, int(self.entries["offset"][index]))
+
     def room(self, length: int) -> int | None:
         """Where the next record would be in memory, if it fits; it is written there, then ``add`` counts it."""
         offset, count = self._end(), self.count
         fits = offset + self.description.record_size(length) <= self.description.size
         return self._address + offset if fits and count < self.description.capacity else None
 
-    def add(self, tokens: NDArray[np.int32], key: NDArray[np.float32]) -> None:
-        """Count the record that was written into the ``room``: its tokens, ``(2, length)``, and its key."""
+    def add(self, tokens: NDArray[np.int32], keys: NDArray[np.float32]) -> None:
+        """Count the record that was written into the ``room``: its tokens, ``(2, length)``, and a key of each kind."""
         length = tokens.shape[1]
         offset = self._end()
         attention = self.description.records.size(length)
         self._pages[offset + attention : offset + attention + tokens.nbytes] = np.ascontiguousarray(tokens).tobytes()
         with memoryview(self._pages) as view:
             checksum = zlib.crc32(view[offset : offset + attention + tokens.nbytes])
-        self._count_one((hash_of(tokens), offset, length, checksum, 0), key)
+        self._count_one((hash_of(tokens), offset, length, checksum, 0), keys)
 
     def thinned(self, keep: Sequence[int]) -> MemoFile:
         """Put a file of these records alone, in this order, in place of this one, and map it; this one adds no more.
@@ -177,7 +187,7 @@ class MemoFile:
                 hashed, start, length, checksum, _ = self.entries[i].tolist()
                 offset, size = new._end(), new.description.record_size(length)
                 new._pages[offset : offset + size] = self._pages[start : start + size]
-                new._count_one((hashed, offset, length, checksum, 0), self.keys[i])
+                new._count_one((hashed, offset, length, checksum, 0), self.keys[:, i])
             new.flush()
             path.replace(self.path)
         except BaseException:
@@ -188,10 +198,10 @@ class MemoFile:
         self._lock = None
         return new
 
-    def _count_one(self, fields: tuple[int, ...], key: NDArray[np.float32]) -> None:
+    def _count_one(self, fields: tuple[int, ...], keys: NDArray[np.float32]) -> None:
         """Count one more record, which is written already."""
         index = self.count
-        self.keys[index] = key
+        self.keys[:, index] = keys
         entry = np.array([fields], ENTRY)
         entry["check"] = _checks(entry)
         self.entries[index] = entry[0]

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from whet.caching.word_key import fit_vectors, pairs_of
 from whet.evaluate import cosines
 from whet.progress import Progress, Silent
 from whet.runtime import Session, load
 from whet.runtime.artifact import open_artifact
 from whet.runtime.audit import NEVER
 from whet.runtime.memo import LEVELS, Memo
-from whet.runtime.memo_file import Description, MemoError, MemoFile, create, describe
+from whet.runtime.memo_file import KEYS, Description, MemoError, MemoFile, create, describe
 from whet.runtime.packing import positions_within
 from whet.runtime.text import Text
 
@@ -32,6 +33,8 @@ DIMENSIONS = 64
 BUDGETS = {"strict": 0.2, "default": 1.0, "loose": 4.0}
 """Of each level, in units of the loss that is allowed: of the requests that hit (strict), or of all."""
 
+_PAIRS = 100
+"""Of records, that a key is learned from, at least."""
 _HELD_OUT = 5
 _LEAST = 100
 """Requests that are held out, at least."""
@@ -73,6 +76,8 @@ class MemoReport:
     held_out: int
     levels: dict[str, float]
     """Largest distance of a hit."""
+    keys_of: dict[str, str]
+    """The kind of key that it is a distance of: ``words`` or ``learned``."""
     hits: dict[str, float]
     """Share of the requests that hit, if all lengths look up."""
     loss: dict[str, float]
@@ -90,7 +95,7 @@ class MemoReport:
         ]
         for level, distance in self.levels.items():
             lines.append(
-                f"  {level}: {self.hits[level]:.1%} near enough (distance {distance:.4f}), "
+                f"  {level}: {self.hits[level]:.1%} near enough (distance {distance:.4f}, key {self.keys_of[level]}), "
                 f"{self.loss[level]:.2f} points lost"
             )
         for b in self.buckets:
@@ -118,7 +123,9 @@ def build(
     """Run a corpus and keep its attention (AttMemo, arXiv 2301.09262) for ``whet.load(…, memo=…)``.
 
     Which requests count as near enough, by level, is chosen on the held-out ones: the largest distance at which the
-    loss, plus its standard error, stays within the budget. At which lengths looking up pays is measured here.
+    loss, plus its standard error, stays within the budget. It is a distance of word embeddings or of a key that is
+    learned of the records, whichever lets more requests hit (``strict``: of word embeddings). At which lengths looking
+    up pays is measured here.
 
     Args:
         module: compiled with ``memo=True``.
@@ -158,17 +165,26 @@ def build(
         with progress.phase("read texts"):
             requests, others = session.requests(corpus), session.requests(held_out[:_MOST])
         description, kept = _plan(session, requests, memory)
-        create(unfinished, description, _vectors(session))
+        table = _word_embeddings(session)
+        create(unfinished, description, np.stack([_projected(table), np.zeros((len(table), DIMENSIONS), np.float32)]))
         memo = Memo(unfinished, session.metadata, grow=True)
         with progress.phase("run the corpus", len(kept)) as advance:
             for i, tokens in enumerate(kept):
                 with memo.adding(tokens) as room:
                     _run(to_the_end, [tokens], np.array([[0, room.address]]))
                 advance(i + 1)
+        memos = {"words": memo}
+        with progress.phase("learn a key"):
+            pairs = pairs_of(memo.file)
+            if len(pairs.scale) >= _PAIRS:
+                memo.learn(fit_vectors(table, pairs, DIMENSIONS))
+                describe(unfinished, replace(description, keys_of=dict.fromkeys(LEVELS, "learned")))
+                memos["learned"] = Memo(unfinished, session.metadata)
         with progress.phase("choose distances and lengths"):
-            report = _judge(session, memo, others, max_loss)
+            report = _judge(session, memos, others, max_loss)
         pays = {level: [list(b.lengths) for b in report.buckets if b.gain(level) > 0] for level in LEVELS}
-        describe(unfinished, replace(description, levels=report.levels, pays=pays, report=asdict(report)))
+        judged = replace(description, levels=report.levels, keys_of=report.keys_of, pays=pays, report=asdict(report))
+        describe(unfinished, judged)
         memo.file.flush()
         unfinished.replace(output)
     finally:
@@ -292,6 +308,7 @@ def _plan(session: Session, requests: Sequence[NDArray[np.int32]], memory: int) 
         capacity=0,
         size=memory,
         levels=dict.fromkeys(LEVELS, 0.0),
+        keys_of=dict.fromkeys(LEVELS, "words"),
         pays={level: [[1, metadata.max_length]] for level in LEVELS},
         report={},
     )
@@ -299,7 +316,7 @@ def _plan(session: Session, requests: Sequence[NDArray[np.int32]], memory: int) 
     often = [by_tokens[key] for key, _ in Counter(tokens.tobytes() for tokens in requests).most_common()]
     sizes = np.array([description.record_size(tokens.shape[1]) for tokens in often])
     # A record's place in the lists of entries and keys; and room to grow by records like these.
-    overhead = 4 * DIMENSIONS + 64
+    overhead = 4 * len(KEYS) * DIMENSIONS + 64
     room = memory - description.first_record - (1 << 14)
     count = int(np.searchsorted(np.cumsum(sizes + overhead), room, side="right"))
     if not count:
@@ -310,8 +327,8 @@ def _plan(session: Session, requests: Sequence[NDArray[np.int32]], memory: int) 
     return replace(description, capacity=capacity), sorted(often[:count], key=lambda tokens: tokens.shape[1])
 
 
-def _vectors(session: Session) -> NDArray[np.float32]:
-    """Word embeddings on their principal axes, ``(vocabulary, DIMENSIONS)``."""
+def _word_embeddings(session: Session) -> NDArray[np.float32]:
+    """The module's table ``(vocabulary, channels)``, centred."""
     metadata = session.metadata
     weights = open_artifact(session.path).weights(metadata)
     index = next(i for i, w in enumerate(metadata.weights) if len(w.shape) == 2 and w.shape[0] == metadata.vocab_size)
@@ -319,6 +336,11 @@ def _vectors(session: Session) -> NDArray[np.float32]:
     if metadata.weights[index].dtype == "int8":
         table *= np.asarray(weights[index + 1]).astype(np.float32).reshape(-1, 1)
     table -= table.mean(axis=0)
+    return table
+
+
+def _projected(table: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Word embeddings on their principal axes, ``(vocabulary, DIMENSIONS)``."""
     axes = np.linalg.eigh(table.T @ table)[1][:, ::-1][:, :DIMENSIONS]
     vectors = np.zeros((len(table), DIMENSIONS), np.float32)
     vectors[:, : axes.shape[1]] = table @ axes
@@ -341,23 +363,61 @@ def _run(
     return rows[:, : session.metadata.output.channels]
 
 
-def _judge(session: Session, memo: Memo, requests: Sequence[NDArray[np.int32]], max_loss: float) -> MemoReport:
-    """Choose the levels' distances, and take times."""
+@dataclass(frozen=True)
+class _Nearest:
+    """The records that a kind of key finds nearest to requests, and what their use costs; an entry per request."""
+
+    distances: NDArray[np.float64]
+    addresses: NDArray[np.int64]
+    losses: NDArray[np.float64]
+
+    def threshold(self, level: str, max_loss: float) -> float:
+        """The level's distance."""
+        return _threshold(self.distances, self.losses, BUDGETS[level] * max_loss / 100, of_hits=level == "strict")
+
+    def hits(self, distance: float) -> NDArray[np.bool_]:
+        """Which requests are near enough."""
+        return self.distances <= distance
+
+
+def _nearest(
+    session: Session, memo: Memo, requests: Sequence[NDArray[np.int32]], plain: Sequence[NDArray[np.float32]]
+) -> _Nearest:
+    """Find records by the keys of ``memo``; ``plain`` are the answers without."""
     found = [memo.nearest(tokens, np.inf) for tokens in requests]
-    distances = np.array([distance for _, distance in found])
     addresses = np.array([[0 if i is None else memo.file.address(i), 0] for i, _ in found])
     order = np.argsort(addresses[:, 0] != 0, kind="stable")
-    ordered = [requests[i] for i in order]
-    answers = [_run(session, ordered, records) for records in (None, addresses[order])]
-    per_token = session.metadata.output.per == "token"
-    ends = np.cumsum([tokens.shape[1] if per_token else 1 for tokens in ordered])[:-1]
+    answers = _answers(session, [requests[i] for i in order], addresses[order])
     losses = np.zeros(len(requests))
-    losses[order] = _losses(session, *(np.split(a, ends) for a in answers))
-    levels = {
-        level: _threshold(distances, losses, share * max_loss / 100, of_hits=level == "strict")
-        for level, share in BUDGETS.items()
-    }
-    near = {level: distances <= distance for level, distance in levels.items()}
+    losses[order] = _losses(session, [plain[i] for i in order], answers)
+    return _Nearest(np.array([distance for _, distance in found]), addresses, losses)
+
+
+def _answers(
+    session: Session, requests: Sequence[NDArray[np.int32]], records: NDArray[np.int64] | None
+) -> list[NDArray[np.float32]]:
+    """The rows of each request."""
+    per_token = session.metadata.output.per == "token"
+    ends = np.cumsum([tokens.shape[1] if per_token else 1 for tokens in requests])[:-1]
+    return np.split(_run(session, requests, records), ends)
+
+
+def _judge(
+    session: Session, memos: dict[str, Memo], requests: Sequence[NDArray[np.int32]], max_loss: float
+) -> MemoReport:
+    """Choose the levels' keys and distances, and take times; ``memos`` are of one file, by the kind of their keys."""
+    plain = _answers(session, requests, None)
+    nearest = {kind: _nearest(session, memo, requests, plain) for kind, memo in memos.items()}
+    keys_of: dict[str, str] = {}
+    levels, near, loss = {}, {}, {}
+    for level in LEVELS:
+        # A learned distance of 0 is of requests that only have the same attention; one of words is of the same request.
+        by_kind = {kind: n for kind, n in nearest.items() if level != "strict" or kind == "words"}
+        found = {kind: n.hits(n.threshold(level, max_loss)) for kind, n in by_kind.items()}
+        kind = max(found, key=lambda kind: int(found[kind].sum()))
+        keys_of[level], levels[level], near[level] = kind, by_kind[kind].threshold(level, max_loss), found[kind]
+        loss[level] = 100 * float(by_kind[kind].losses[near[level]].sum() / len(requests))
+    memo, addresses = memos["words"], nearest["words"].addresses
     buckets = []
     lengths = np.array([tokens.shape[1] for tokens in requests])
     first = 1
@@ -378,8 +438,9 @@ def _judge(session: Session, memo: Memo, requests: Sequence[NDArray[np.int32]], 
         room=memo.file.description.size,
         held_out=len(requests),
         levels=levels,
+        keys_of=keys_of,
         hits={level: float(n.mean()) for level, n in near.items()},
-        loss={level: 100 * float(losses[n].sum() / len(requests)) for level, n in near.items()},
+        loss=loss,
         buckets=tuple(buckets),
     )
 

@@ -10,8 +10,8 @@ from memo_files import look_up_everywhere, make_texts
 import whet
 from whet import MemoError, cli
 from whet.memoizing import build, inspect, measure
-from whet.runtime.memo import LEVELS
-from whet.runtime.memo_file import MemoFile, describe
+from whet.runtime.memo import LEVELS, Keys
+from whet.runtime.memo_file import KEYS, MemoFile, describe
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,9 @@ def test_report(built, texts):
     assert report.count == len(set(texts[:180]))
     assert report.held_out == 120
     assert list(report.levels) == list(LEVELS)
-    assert report.levels["strict"] <= report.levels["default"] <= report.levels["loose"]
+    assert report.hits["strict"] <= report.hits["default"] <= report.hits["loose"]
     assert report.loss["default"] <= 0.5
+    assert report.keys_of["strict"] == "words" and set(report.keys_of.values()) <= set(KEYS)
     assert sum(b.requests for b in report.buckets) <= 120
     assert "records" in str(report)
 
@@ -105,6 +106,27 @@ def test_a_file_grows_while_it_serves(module, memo, texts):
         before = other.memo.misses
         np.testing.assert_array_equal(other.logits(texts), wanted)
         assert other.memo.misses == before
+
+
+def test_records_have_both_keys_those_that_are_added_while_serving_too(module, memo, texts):
+    session = whet.load(module, threads=1, memo=memo, memo_grow=True)
+    session.logits(texts)
+    file = session.memo.file
+    for vectors, stored in zip(file.vectors, file.keys, strict=True):
+        keys = Keys(vectors, session.metadata.max_length)
+        assert np.abs(vectors).max() > 0
+        for i in (0, file.count - 1):
+            np.testing.assert_allclose(stored[i], keys.key(file.tokens(i)[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_each_level_uses_the_kind_of_key_that_the_file_names(module, memo, texts):
+    learned = dict.fromkeys(LEVELS, "learned")
+    describe(memo, replace(MemoFile(memo).description, keys_of=learned))
+    session = whet.load(module, threads=1, memo=memo, memo_level="loose")
+    tokens = session.requests([texts[200]])[0]
+    index, distance = session.memo.nearest(tokens, np.inf)
+    file = session.memo.file
+    assert distance == Keys(file.vectors[1], 64).distance(tokens[0], file.tokens(index)[0])
 
 
 def test_a_full_file_lets_go_of_what_was_not_used(module, texts, tmp_path):

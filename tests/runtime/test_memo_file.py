@@ -14,7 +14,9 @@ from whet.runtime.memo_file import Description, MemoError, MemoFile, create, des
 from whet.runtime.metadata import Records
 
 RECORDS = Records("0" * 64, 2, 3)
-DESCRIPTION = Description("model", RECORDS, 50, 8, 100, 1 << 20, {"default": 0.1}, {"default": [[1, 64]]}, {})
+DESCRIPTION = Description(
+    "model", RECORDS, 50, 8, 100, 1 << 20, {"default": 0.1}, {"default": "words"}, {"default": [[1, 64]]}, {}
+)
 
 
 def tokens(seed, length):
@@ -31,12 +33,12 @@ def view(address, size):
 
 def add(file, seed, length):
     view(file.room(length), RECORDS.size(length))[:] = attention(seed, length)
-    file.add(tokens(seed, length), np.full(8, seed, np.float32))
+    file.add(tokens(seed, length), np.full((2, 8), [[seed], [-seed]], np.float32))
 
 
 @pytest.fixture
 def path(tmp_path):
-    create(tmp_path / "a.memo", DESCRIPTION, np.arange(400, dtype=np.float32).reshape(50, 8))
+    create(tmp_path / "a.memo", DESCRIPTION, np.arange(800, dtype=np.float32).reshape(2, 50, 8))
     return tmp_path / "a.memo"
 
 
@@ -59,12 +61,13 @@ def filled(path):
 def test_what_was_added_is_there(filled):
     file = MemoFile(filled)
     assert (file.count, file.description) == (len(LENGTHS), DESCRIPTION)
-    np.testing.assert_array_equal(file.vectors.reshape(-1), np.arange(400))
+    np.testing.assert_array_equal(file.vectors.reshape(-1), np.arange(800))
     for i, length in enumerate(LENGTHS):
         assert file.address(i) % 64 == 0
         np.testing.assert_array_equal(file.tokens(i), tokens(i, length))
         np.testing.assert_array_equal(view(file.address(i), RECORDS.size(length)), attention(i, length))
-        assert (file.keys[i] == i).all()
+        np.testing.assert_array_equal(file.attention(i), attention(i, length))
+        assert (file.keys[0, i] == i).all() and (file.keys[1, i] == -i).all()
     file.verify()
 
 
@@ -103,7 +106,7 @@ def test_a_thinned_file_takes_the_place_of_the_other(path):
             np.testing.assert_array_equal(file.tokens(new), tokens(old, LENGTHS[old]))
             found = view(file.address(new), RECORDS.size(LENGTHS[old]))
             np.testing.assert_array_equal(found, attention(old, LENGTHS[old]))
-            assert (file.keys[new] == old).all()
+            assert (file.keys[0, new] == old).all() and (file.keys[1, new] == -old).all()
     np.testing.assert_array_equal(reader.tokens(3), tokens(3, LENGTHS[3]))  # who had it open reads on
     reader.verify()
     with pytest.raises(MemoError, match="another process adds"):

@@ -582,8 +582,9 @@ def _add_memo_build(sub: argparse.ArgumentParser) -> None:
         "--max-loss",
         metavar="POINTS",
         type=float,
-        help="most requests in a hundred that may be classified otherwise, or for other models 100 (1 - cosine); "
-        "default 0.5. Four times as much at the loose level; at the strict one a fifth, of those that hit alone",
+        help="what answers may lose on average: of a classifier 100 times the total variation of the probabilities, "
+        "100 where the class changes; of embeddings 100 (1 - cosine). Default 0.5. Four times as much at the loose "
+        "level; at the strict one a fifth, of the requests that hit alone",
     )
 
 

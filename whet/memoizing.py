@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from whet.answer_loss import losses
 from whet.caching.word_key import fit_vectors, pairs_of
-from whet.evaluate import cosines
 from whet.progress import Progress, Silent
 from whet.runtime import Session, load
 from whet.runtime.artifact import open_artifact
@@ -81,7 +81,7 @@ class MemoReport:
     hits: dict[str, float]
     """Share of the requests that hit, if all lengths look up."""
     loss: dict[str, float]
-    """Points: requests in a hundred that are classified otherwise; for other models 100 · (1 − cosine), on average."""
+    """Points, 100 times the mean of ``whet.answer_loss.losses``: at least the classes in a hundred that change."""
     buckets: tuple[Bucket, ...]
 
     def to_json(self) -> str:
@@ -275,7 +275,7 @@ def measure(
             if hit + missed:
                 spent.append(_best([partial(with_memo.memo.find, *given)])[0] * 1e6)
             advance(i + 1)
-    losses = _losses(plain, [a.reshape(1, -1) for a in answers["plain"]], [a.reshape(1, -1) for a in answers["memo"]])
+    lost = losses(plain.metadata, answers["plain"], answers["memo"])
     statistics: list[Callable[[list[float]], Any]] = [np.mean, np.median, lambda t: np.percentile(t, 95)]
     mean, median, p95 = ({name: float(f(t)) for name, t in times.items()} for f in statistics)
     same = np.mean([np.array_equal(a, b) for a, b in zip(*answers.values(), strict=True)])
@@ -290,7 +290,7 @@ def measure(
         mean=mean,
         median=median,
         p95=p95,
-        loss=100 * float(losses.mean()),
+        loss=100 * float(lost.mean()),
         same=float(same),
     )
 
@@ -388,9 +388,9 @@ def _nearest(
     addresses = np.array([[0 if i is None else memo.file.address(i), 0] for i, _ in found])
     order = np.argsort(addresses[:, 0] != 0, kind="stable")
     answers = _answers(session, [requests[i] for i in order], addresses[order])
-    losses = np.zeros(len(requests))
-    losses[order] = _losses(session, [plain[i] for i in order], answers)
-    return _Nearest(np.array([distance for _, distance in found]), addresses, losses)
+    lost = np.zeros(len(requests))
+    lost[order] = losses(session.metadata, [plain[i] for i in order], answers)
+    return _Nearest(np.array([distance for _, distance in found]), addresses, lost)
 
 
 def _answers(
@@ -443,21 +443,6 @@ def _judge(
         loss=loss,
         buckets=tuple(buckets),
     )
-
-
-def _losses(
-    session: Session, plain: Sequence[NDArray[np.float32]], other: Sequence[NDArray[np.float32]]
-) -> NDArray[np.float64]:
-    """What each request loses: 1 for another class, else 1 − cosine, of its tokens on average."""
-    if session.metadata.task == "sequence_classification" and session.metadata.output.channels > 1:
-        return np.array([float(a.argmax() != b.argmax()) for a, b in zip(plain, other, strict=True)])
-    return np.array([1 - _cosine(a, b) for a, b in zip(plain, other, strict=True)])
-
-
-def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    if np.array_equal(a, b):
-        return 1.0
-    return float(cosines(a, b).mean())
 
 
 def _threshold(distances: NDArray[np.float64], losses: NDArray[np.float64], budget: float, *, of_hits: bool) -> float:

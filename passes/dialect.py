@@ -200,7 +200,8 @@ def self_attention(
 ) -> relax.Call:
     """Attention whose Q, K and V stand one after the other in one value: tiles ``(t, 3·C, 16)`` to ``(t, C, 16)``.
 
-    ``quantise`` adds the attributes ``q_scale``, ``k_scale`` and ``v_scale``; ``round_to_bf16`` adds ``bf16``.
+    ``quantise`` adds the attributes ``q_scale``, ``k_scale`` and ``v_scale``; ``round_to_bf16`` adds ``bf16``;
+    ``hoist_pooling`` adds ``first_only`` where other tokens than the requests' first need no result.
     """
     return _call(SELF_ATTENTION, [qkv, segments], heads=heads, scale=scale, **quantisation)
 

@@ -3,7 +3,7 @@
 Before: the dialect as all passes but ``choose_kernels`` leave it. After: token-wise ops of whose result nothing but
 the first tokens was read, by ``pool``, run on these alone, one column per request. In a classifier this is what follows
 the last attention: its context is pooled, and so is the residual beside it, and the rest of the layer sees no other
-tokens. Each column is computed as before, so answers keep their bits.
+tokens. The attention itself has ``first_only``. Each column is computed as before, so answers keep their bits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ TOKEN_WISE = (
 def hoist_pooling(module: IRModule) -> IRModule:
     """Rewrite as the module docstring says."""
     graph = Graph(module)
-    hoisted = _read_at_first_tokens(graph)
+    read = _read_at_first_tokens(graph)
+    attended = {var for var in read if is_call(graph.values[var], dialect.SELF_ATTENTION)}
+    hoisted = {var: segments for var, segments in read.items() if var not in attended}
     new: dict[relax.Expr, relax.Expr] = {}
     pooled: dict[relax.Expr, relax.Expr] = {}
 
@@ -46,6 +48,8 @@ def hoist_pooling(module: IRModule) -> IRModule:
         new.update(zip(old, call.args, strict=True))
         if _pools_first_tokens(call) and old[0] in hoisted:
             return new[old[0]]
+        if var in attended:
+            return dialect.self_attention(*call.args, **attributes(call) | {"first_only": True})
         if var not in hoisted:
             return call
         args = [
@@ -58,7 +62,7 @@ def hoist_pooling(module: IRModule) -> IRModule:
 
 
 def _read_at_first_tokens(graph: Graph) -> dict[relax.Var, relax.Expr]:
-    """Results of token-wise ops that nothing reads but at first tokens; with the segments that say which these are."""
+    """Results that nothing reads but at first tokens, of token-wise ops and attention; with the segments of these."""
     found: dict[relax.Var, relax.Expr] = {}
     segments: dict[relax.Expr, relax.Expr] = {}
     whole = {graph.source(graph.result)}
@@ -70,6 +74,9 @@ def _read_at_first_tokens(graph: Graph) -> dict[relax.Var, relax.Expr]:
         elif var in segments and var not in whole and any(is_call(call, op) for op in TOKEN_WISE):
             found[var] = segments[var]
             segments.update((a, segments[var]) for a in read if _same_tokens(a, var))
+        elif var in segments and var not in whole and is_call(call, dialect.SELF_ATTENTION):
+            found[var] = segments[var]
+            whole.update(read)
         elif isinstance(call, relax.Call):
             whole.update(read)
     return found

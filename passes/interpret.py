@@ -250,6 +250,7 @@ def _self_attention(
     k_scale: float | None = None,
     v_scale: float | None = None,
     bf16: bool = False,
+    first_only: bool = False,
 ) -> Rows:
     if bf16:
         qkv = bfloat16.rounded(qkv)
@@ -258,7 +259,11 @@ def _self_attention(
         q = _rounded(q, q_scale, 128, 0, 255)
         k = _rounded(k, k_scale, 0, -128, 127)
         v = _rounded(v, v_scale, 0, -128, 127)
-    return _attention(q, k, v, segments, heads=heads, scale=scale, integer=q_scale is not None, bf16=bf16)
+    out = _attention(q, k, v, segments, heads=heads, scale=scale, integer=q_scale is not None, bf16=bf16)
+    if first_only:
+        others = np.setdiff1d(np.arange(len(out)), [start for start, _ in segments])
+        out[others] = np.nan  # nothing may read them
+    return out
 
 
 def _stack(*values: Rows) -> Rows:

@@ -11,7 +11,7 @@ form that the layer after wants, and no conversion runs that nothing asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -277,9 +277,10 @@ class _Lowering:
             precision="i8" if integer else "bf16" if attrs.get("bf16") else "f32",
             scale=1.0 if integer else float(attrs["scale"]),
             max_length=self.max_length,
+            first_only=bool(attrs.get("first_only")),
         )
         segments = self.tiles(call.args[1])
-        knobs = self.tuned(spec, self.isa, 1.0)
+        knobs = self.tuned(replace(spec, first_only=False), self.isa, 1.0)
 
         def generator(spec: AttentionSpec, isa: Isa) -> tirx.PrimFunc:
             return attention(spec, isa, knobs)

@@ -42,6 +42,8 @@ class AttentionSpec:
     max_length: int
     """Longest request in tokens; the kernel has room for no more and does not check."""
     scale: float = 1.0
+    first_only: bool = False
+    """Attend for the tokens of each request's first tile, and write no others: where only first tokens are read."""
 
     def __post_init__(self) -> None:
         if self.precision not in ("i8", "bf16", "f32"):

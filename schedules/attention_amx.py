@@ -77,6 +77,7 @@ def attend(
         kernel.allocate,
         kernel.attend,
         shared=kernel.short.shared,
+        first_only=spec.first_only,
     )
 
 

@@ -50,7 +50,15 @@ def attention_f32(spec: AttentionSpec, isa: Isa, knobs: AttentionKnobs) -> tirx.
                 T.reads()
                 T.writes()
                 kernel = _Kernel(spec, isa, knobs, qkv, out)
-                for_each_request(spec.heads, knobs.unit, segments, tiles, kernel.allocate, kernel.attend)
+                for_each_request(
+                    spec.heads,
+                    knobs.unit,
+                    segments,
+                    tiles,
+                    kernel.allocate,
+                    kernel.attend,
+                    first_only=spec.first_only,
+                )
         return builder.get()
 
 

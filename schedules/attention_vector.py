@@ -54,6 +54,7 @@ def attend(
         kernel.allocate,
         kernel.attend,
         shared=kernel.shared,
+        first_only=spec.first_only,
     )
 
 

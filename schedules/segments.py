@@ -88,11 +88,13 @@ def for_each_request(
     body: Callable[[Queries], None],
     *,
     shared: bool = False,
+    first_only: bool = False,
 ) -> None:
     """Emit ``body`` for all heads, all runs of ``unit`` tiles, and each request with tokens there in turn.
 
-    With ``shared``, requests that lie within the same tile are handed over as one. Each unit of parallel work, which
-    begins with ``prepare``, has its own tiles, so no two write the same memory.
+    With ``shared``, requests that lie within the same tile are handed over as one; with ``first_only``, a request's
+    first tile alone. Each unit of parallel work, which begins with ``prepare``, has its own tiles, so no two write the
+    same memory.
     """
     entries = _entries_of_tiles(segments, tiles)
     units = named("units", T.Bind((tiles + (unit - 1)) // unit))
@@ -113,9 +115,13 @@ def for_each_request(
                 T.buffer_store(done, end, [0])
                 # By way of memory: TVM's buffer compaction takes minutes to draw conclusions from the expression.
                 request = Request.at(segments, entries, entry, start, T.Bind(done[0] - start))
-                tile = named("tile", T.Bind(T.max(low, request.first)))
-                count = named("tile_count", T.Bind(T.min(high, request.first + request.tiles) - tile))
-                body(Queries(head, tile, count, request))
+                if first_only:
+                    with T.If(request.first >= low), T.Then():
+                        body(Queries(head, request.first, T.int32(1), request))
+                else:
+                    tile = named("tile", T.Bind(T.max(low, request.first)))
+                    count = named("tile_count", T.Bind(T.min(high, request.first + request.tiles) - tile))
+                    body(Queries(head, tile, count, request))
 
 
 def for_each_vector(isa: Isa, together: int, queries: Queries, body: Callable[[list[Vector]], None]) -> None:

@@ -34,7 +34,8 @@ def test_the_context_and_the_residual_are_pooled():
         h = b.embed(8)
         norm = [relax.const(np.ones(8, np.float32)), relax.const(np.zeros(8, np.float32))]
         qkv = b.dense(h, 24, "qkv")
-        x = b.emit(dialect.self_attention(qkv, b.segments, heads=2, scale=0.5), "context")
+        only = {"first_only": True} if early else {}
+        x = b.emit(dialect.self_attention(qkv, b.segments, heads=2, scale=0.5, **only), "context")
         if early:
             x, h = first(b, x, "context_first"), first(b, h, "embeddings_first")
         out = b.emit(dialect.dense(x, b.const(8, 8), b.const(8), h), "out")

@@ -117,6 +117,16 @@ def requests_of(segments):
     return [(i, slice(s, s + n)) for i, (s, n) in enumerate(entries.tolist()) if n]
 
 
+def check_first_tiles(segments, first_only, whole, unwritten):
+    """What a kernel of first tiles made, against all; tokens × channels. Others are as before: ``unwritten``."""
+    written = np.zeros(len(whole), bool)
+    for _, tokens in requests_of(segments):
+        written[tokens.start : min(tokens.stop, tokens.start // 16 * 16 + 16)] = True
+    assert 0 < written.sum() < len(written)
+    np.testing.assert_array_equal(first_only[written], whole[written])
+    np.testing.assert_array_equal(first_only[~written], np.full_like(whole, unwritten)[~written])
+
+
 def requant(rng, channels, inverse, zero):
     """What kernels quantise with: 1/s of each channel, around ``inverse``, and the zero point."""
     return np.append(inverse * rng.uniform(0.5, 1.5, channels), zero).astype("float32")

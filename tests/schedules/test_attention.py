@@ -19,9 +19,9 @@ def int8_data(rng, tokens, channels, low=-127, high=128):
     return q, k, v
 
 
-def run_i8(isa, heads, rows, segments, params, knobs=None):
+def run_i8(isa, heads, rows, segments, params, knobs=None, **more):
     tokens, channels = rows[0].shape
-    spec = AttentionSpec(heads, channels // heads, "i8", MAX_LENGTH)
+    spec = AttentionSpec(heads, channels // heads, "i8", MAX_LENGTH, **more)
     kernel = oracles.build(attention, spec, isa, *([knobs] if knobs else []))
     if isa == "amx_int8" and (refusal := request_amx()):
         pytest.skip(refusal)
@@ -120,6 +120,17 @@ def test_i8_request_alone_gives_the_same_bytes(isa):
         moved = [np.concatenate([np.full((first, 32), 77, x.dtype), x[tokens]]) for x in rows]
         alone = run_i8(isa, 1, moved, oracles.segments_of([tokens.stop - tokens.start], first), params)
         np.testing.assert_array_equal(alone[first:], together[tokens])
+
+
+@pytest.mark.parametrize("isa", NAMES)
+@pytest.mark.parametrize("unit", [1, 4])
+def test_i8_first_tiles_alone(isa, unit):
+    rows = int8_data(np.random.default_rng(3), 5 + sum(oracles.MIXED), 2 * 48)
+    segments, knobs = oracles.segments_of(oracles.MIXED, 5), AttentionKnobs(2, 8, unit)
+    whole, first = (
+        run_i8(isa, 2, rows, segments, [1.5e-5, 2, 120, 0], knobs, first_only=only) for only in (False, True)
+    )
+    oracles.check_first_tiles(segments, first, whole, 255)
 
 
 @pytest.mark.parametrize("lengths", [oracles.MIXED, *([length] for length in (33, 63, 64, 65, 128, 384, 512))], ids=str)

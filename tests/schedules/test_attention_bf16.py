@@ -21,9 +21,9 @@ def to_pairs(rows):
     return np.ascontiguousarray(tiles.reshape(len(tiles), -1, 2, 16).transpose(0, 1, 3, 2))
 
 
-def run_bf16(isa, heads, rows, segments, scale, knobs=None):
+def run_bf16(isa, heads, rows, segments, scale, knobs=None, **more):
     tokens, channels = rows[0].shape
-    spec = AttentionSpec(heads, channels // heads, "bf16", MAX_LENGTH, scale)
+    spec = AttentionSpec(heads, channels // heads, "bf16", MAX_LENGTH, scale, **more)
     kernel = oracles.build(attention, spec, isa, *([knobs] if knobs else []))
     if "amx" in isa and (refusal := request_amx()):
         pytest.skip(refusal)
@@ -52,6 +52,13 @@ def check(isa, heads, rows, segments, scale, atol=0.02):
 def test_mixed_lengths(isa, heads, size):
     rows = data(np.random.default_rng(size), sum(oracles.MIXED), heads * size)
     check(isa, heads, rows, oracles.segments_of(oracles.MIXED, gaps=[0, 2, len(oracles.MIXED)]), size**-0.5)
+
+
+@pytest.mark.parametrize("isa", oracles.BF16_NAMES)
+def test_first_tiles_alone(isa):
+    rows, segments = data(np.random.default_rng(3), 5 + sum(oracles.MIXED), 64), oracles.segments_of(oracles.MIXED, 5)
+    whole, first = (run_bf16(isa, 2, rows, segments, 0.2, first_only=only) for only in (False, True))
+    oracles.check_first_tiles(segments, first, whole, np.nan)
 
 
 @pytest.mark.parametrize("isa", oracles.BF16_NAMES)

@@ -34,6 +34,24 @@ def expected_f32(heads, rows, segments, scale):
     return out
 
 
+@pytest.mark.parametrize("isa", ["avx512_vnni", "avx2"])
+def test_f32_first_tiles_alone(isa):
+    rows = np.random.default_rng(3).normal(0, 1, (5 + sum(oracles.MIXED), 3 * 24)).astype("float32")
+    segments, tiles = oracles.segments_of(oracles.MIXED, 5), oracles.to_tiles(oracles.fill_last_tile(rows))
+    whole, first = (
+        oracles.run(
+            oracles.build(attention, AttentionSpec(2, 12, "f32", MAX_LENGTH, 0.3, only), isa),
+            [tiles, segments],
+            [((len(tiles), 24, 16), "float32")],
+        )[0]
+        for only in (False, True)
+    )
+    starts = [tokens.start for _, tokens in oracles.requests_of(segments)]
+    got, wanted = (oracles.from_tiles(x, len(rows)) for x in (first, whole))
+    np.testing.assert_array_equal(got[starts], wanted[starts])
+    assert np.isnan(got).all(axis=1).sum() > len(rows) // 4
+
+
 @pytest.mark.parametrize(
     ("isa", "heads", "size"), [("avx512_vnni", 2, 8), ("avx512_vnni", 1, 13), ("avx512_vnni", 2, 64), ("avx2", 3, 12)]
 )

@@ -1,1 +1,1 @@
-"""Caches of what a network computed: behind its layers they answer requests that they recognise."""
+"""What is learned of requests, to skip work: caches behind layers that answer them, and the key of memo files."""

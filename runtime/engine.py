@@ -206,6 +206,8 @@ class Engine:
         records: NDArray[np.int64],
     ) -> NDArray[np.float32]:
         """Run requests without records before those with, so that both have tiles of their own."""
+        if len(lengths) == 1 and not memo.grows:
+            return self.run_recorded(ids, lengths, positions, types, records)
         first = starts(lengths)
         spans = [slice(a, a + n) for a, n in zip(first.tolist(), lengths.tolist(), strict=True)]
         per_token = self.metadata.output.per == "token"

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from whet.runtime.memo_file import KEYS, MemoError, MemoFile, hash_of
 from whet.runtime.metadata import Metadata
-from whet.runtime.packing import starts
 
 KEPT = 0.75
 """Share of a full file, in bytes and in records, that is kept."""
@@ -195,9 +194,8 @@ class Memo:
             )
         self._index = _Index(file, metadata.max_length, description.keys_of[level])
         self._nearest = description.levels[level]
-        self._pays = np.zeros(metadata.max_length + 1, np.bool_)
-        for first, last in description.pays[level]:
-            self._pays[first : last + 1] = True
+        ranges = description.pays[level]
+        self._pays = [any(first <= n <= last for first, last in ranges) for n in range(metadata.max_length + 1)]
 
     @property
     def file(self) -> MemoFile:
@@ -210,21 +208,24 @@ class Memo:
 
     def find(self, ids: NDArray[Any], types: NDArray[Any] | None, lengths: NDArray[np.int64]) -> Found | None:
         """Records that requests can use; None if none can, unless records are to be added."""
-        wanted = self._pays[lengths]
-        if not wanted.any():
+        sizes = lengths.tolist()
+        wanted = sum(self._pays[n] for n in sizes)
+        if not wanted:
             return None
         index = self._current()
-        first = starts(lengths)
-        found = np.zeros((len(lengths), 2), np.int64)
-        for i in np.flatnonzero(wanted):
-            record = index.nearest(self.tokens(ids, types, slice(first[i], first[i] + lengths[i])), self._nearest)[0]
-            if record is not None:
-                found[i, 0] = index.file.address(record)
-                if self.grows:
-                    index.use(record)
-        hits = int(np.count_nonzero(found[:, 0]))
+        found = np.zeros((len(sizes), 2), np.int64)
+        start = hits = 0
+        for i, n in enumerate(sizes):
+            if self._pays[n]:
+                record = index.nearest(self.tokens(ids, types, slice(start, start + n)), self._nearest)[0]
+                if record is not None:
+                    found[i, 0] = index.file.address(record)
+                    hits += 1
+                    if self.grows:
+                        index.use(record)
+            start += n
         self.hits += hits
-        self.misses += int(wanted.sum()) - hits
+        self.misses += wanted - hits
         return Found(found, index.file) if hits or self.grows else None
 
     def learn(self, vectors: NDArray[np.float32]) -> None:
@@ -239,7 +240,7 @@ class Memo:
         """Whether a record of so many tokens is of use and fits, at least once others have left."""
         d = self.file.description
         freed = (1 - KEPT) * (d.size - d.first_record)
-        return bool(self._pays[length]) and (d.record_size(length) <= freed or self.file.room(length) is not None)
+        return self._pays[length] and (d.record_size(length) <= freed or self.file.room(length) is not None)
 
     @contextmanager
     def adding(self, tokens: NDArray[np.int32]) -> Iterator[Room]:

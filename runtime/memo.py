@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from whet.runtime.metadata import Metadata
 
 KEPT = 0.75
 """Share of a full file, in bytes and in records, that is kept."""
+
+LOOK_EVERY = 0.1
+"""Seconds after which it is asked again whether another file has the name: that takes as long as a search."""
 
 LEVELS = ("strict", "default", "loose")
 """Names of how near is near enough, each with a distance of its own in the file."""
@@ -42,7 +46,9 @@ class Keys:
     def key(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Of token ids ``(length,)``; float32 ``(dimensions,)``."""
         rows = self._vectors[ids]
-        key: NDArray[np.float32] = np.einsum("td,td->d", rows, self._signs[: len(ids)]) / np.float32(np.sqrt(len(ids)))
+        rows *= self._signs[: len(ids)]
+        key: NDArray[np.float32] = rows.sum(axis=0)
+        key *= len(ids) ** -0.5
         return key
 
     def distance(self, a: NDArray[np.int32], b: NDArray[np.int32]) -> float:
@@ -94,7 +100,7 @@ class _Index:
     def nearest(self, tokens: NDArray[np.int32], within: float) -> tuple[int | None, float]:
         """Record of the same tokens, or of the nearest ones; None where that is farther than ``within``."""
         same = self._by_hash.get(hash_of(tokens))
-        if same is not None and np.array_equal(self.file.tokens(same), tokens):
+        if same is not None and (self.file.tokens(same) == tokens).all():
             return same, 0.0
         length = tokens.shape[1]
         if within <= 0 or length not in self._by_length:
@@ -102,7 +108,7 @@ class _Index:
         indices, keys, norms = self._of_length.get(length) or self._gather(length)
         index = int(indices[(norms - 2 * (keys @ self._keys.key(tokens[0]))).argmin()])
         other = self.file.tokens(index)
-        if not np.array_equal(other[1], tokens[1]):
+        if (other[1] != tokens[1]).any():
             return None, np.inf
         distance = self._keys.distance(tokens[0], other[0])
         return (index if distance <= within else None), distance
@@ -185,6 +191,7 @@ class Memo:
         self.hits = self.misses = 0
         self._lock = threading.RLock()
         self._follows = True
+        self._look_again = 0.0
         file = MemoFile(path, writable=grow)
         description = file.description
         if description.records != metadata.records:
@@ -267,7 +274,9 @@ class Memo:
 
     def _current(self) -> _Index:
         """Of the file that has the name now, with all its records."""
-        if not self.grows and self._follows and self.file.replaced:
+        now = time.monotonic()
+        if not self.grows and self._follows and now >= self._look_again:
+            self._look_again = now + LOOK_EVERY
             with self._lock:
                 if self.file.replaced:
                     self._follow()

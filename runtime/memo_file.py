@@ -118,6 +118,7 @@ class MemoFile:
         self.description = d = self._describe()
         self.vectors = self._view(np.float32, d.vectors, (len(KEYS), d.vocabulary, d.dimensions))
         self.entries = self._view(ENTRY, d.entries, (d.capacity,))
+        self._lengths, self._offsets = self.entries["length"], self.entries["offset"]
         self.keys = self._view(np.float32, d.keys, (len(KEYS), d.capacity, d.dimensions))
         self._address = int(np.frombuffer(self._pages, np.uint8).__array_interface__["data"][0])
         self._check_entries()
@@ -137,18 +138,18 @@ class MemoFile:
 
     def address(self, index: int) -> int:
         """Where a record's attention is in memory."""
-        return self._address + int(self.entries["offset"][index])
+        return self._address + int(self._offsets[index])
 
     def tokens(self, index: int) -> NDArray[np.int32]:
         """Token ids and types of a record, ``(2, length)``."""
-        length = int(self.entries["length"][index])
-        offset = int(self.entries["offset"][index]) + self.description.records.size(length)
+        length = self._lengths.item(index)
+        offset = self._offsets.item(index) + self.description.records.size(length)
         return np.frombuffer(self._pages, np.int32, 2 * length, offset).reshape(2, length)
 
     def attention(self, index: int) -> NDArray[np.uint8]:
         """Of a record, flat, as ``whet.schedules.attention_memoized`` lays it out."""
-        size = self.description.records.size(int(self.entries["length"][index]))
-        return np.frombuffer(self._pages, np.uint8, size, int(self.entries["offset"][index]))
+        size = self.description.records.size(self._lengths.item(index))
+        return np.frombuffer(self._pages, np.uint8, size, self._offsets.item(index))
 
     def room(self, length: int) -> int | None:
         """Where the next record would be in memory, if it fits; it is written there, then ``add`` counts it."""

@@ -14,6 +14,11 @@ from whet.runtime.memo import LEVELS, Keys
 from whet.runtime.memo_file import KEYS, MemoFile, describe
 
 
+@pytest.fixture(autouse=True)
+def look_for_new_files_at_every_call(monkeypatch):
+    monkeypatch.setattr("whet.runtime.memo.LOOK_EVERY", 0)
+
+
 @pytest.fixture(scope="module")
 def texts(references):
     return make_texts(references)

@@ -22,6 +22,8 @@ from typing import Any
 SEED = 0
 WORDS = (5, 40)
 """Sentences of running text are kept if they have so many words."""
+QUESTIONS, SENTENCES = 20_000, 12_000
+"""Quora's and WikiText-2's share of the texts near STS-B."""
 HELD_OUT = 5
 """One in so many articles of SQuAD is tested on; one in so many training rows of Banking77 is held out."""
 
@@ -38,20 +40,29 @@ def main() -> None:
 
 
 def embedding_texts(data: Path, out: Path) -> None:
-    """Sentences of WikiText-2, Quora's questions, MRPC and STS-B's training set, without any of STS-B's other sets."""
+    """Sentences of WikiText-2, Quora's questions, MRPC and STS-B's training set, without any of STS-B's other sets.
+
+    ``texts.txt`` has all of them; ``near.txt`` fewer of the first two, so that a third are of STS-B's kinds.
+    """
     scored = {text for name in ("dev", "test") for text in stsb(data / f"stsb/sts-{name}.csv")}
-    sources = (wikitext(data / "wikitext2/train.raw.gz"), quora(data / "qqp/pairs.json.tar.gz"))
-    more = (mrpc(data / "mrpc/msr_paraphrase_train.txt"), stsb(data / "stsb/sts-train.csv"))
-    found = {text for source in (*sources, *more) for text in source if text and "\n" not in text}
-    write_texts(out / "texts.txt", found - scored)
+    near = {*stsb(data / "stsb/sts-train.csv"), *mrpc(data / "mrpc/msr_paraphrase_train.txt")}
+    far = set(quora(data / "qqp/pairs.json.tar.gz")), set(wikitext(data / "wikitext2/train.raw.gz"))
+    found = {text for texts in (near, *far) for text in texts if text and "\n" not in text} - scored
+    shuffled = write_texts(out / "texts.txt", found)
+    questions, sentences = (
+        [text for text in shuffled if text in texts][:count]
+        for texts, count in ((far[0] - near, QUESTIONS), (far[1] - near - far[0], SENTENCES))
+    )
+    write_texts(out / "near.txt", (near & found).union(questions, sentences))
 
 
-def write_texts(path: Path, found: set[str]) -> None:
-    """A text per line, shuffled."""
+def write_texts(path: Path, found: set[str]) -> list[str]:
+    """A text per line, shuffled; returns them."""
     texts = sorted(found)
     random.Random(SEED).shuffle(texts)
     path.write_text("\n".join(texts) + "\n", encoding="utf-8")
     print(f"{path.name}: {len(texts)} texts")
+    return texts
 
 
 def wikitext(path: Path) -> Iterator[str]:

@@ -116,12 +116,15 @@ def _drawn(file: MemoFile, lengths: NDArray[np.int64], rng: np.random.Generator)
         records = np.flatnonzero(lengths == length)
         keys = file.keys[0][records]
         norms = np.einsum("nd,nd->n", keys, keys)
+        near = min(NEAR, len(records) - 1)
         for i, a in enumerate(rng.integers(len(records), size=number)):
-            away = norms - 2 * (keys @ keys[a])
-            away[a] = np.inf
-            near = min(NEAR, len(records) - 1)
-            among = np.argpartition(away, near - 1)[:near] if i % 2 else np.flatnonzero(np.isfinite(away))
-            yield int(records[a]), int(records[rng.choice(among)])
+            if i % 2:
+                away = norms - 2 * (keys @ keys[a])
+                away[a] = np.inf
+                b = rng.choice(np.argpartition(away, near - 1)[:near])
+            else:
+                b = (a + rng.integers(1, len(records))) % len(records)
+            yield int(records[a]), int(records[b])
 
 
 def _probabilities(file: MemoFile, index: int) -> Floats:

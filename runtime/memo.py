@@ -235,14 +235,6 @@ class Memo:
         self.misses += wanted - hits
         return Found(found, index.file) if hits or self.grows else None
 
-    def learn(self, vectors: NDArray[np.float32]) -> None:
-        """Put learned vectors ``(vocabulary, dimensions)`` into the file, and each record's key by them."""
-        file, kind = self.file, KEYS.index("learned")
-        file.vectors[kind] = vectors
-        keys = Keys(vectors, self._index.max_length)
-        for i in range(file.count):
-            file.keys[kind, i] = keys.key(file.tokens(i)[0])
-
     def wants(self, length: int) -> bool:
         """Whether a record of so many tokens is of use and fits, at least once others have left."""
         d = self.file.description

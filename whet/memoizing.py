@@ -22,7 +22,7 @@ from whet.progress import Progress, Silent
 from whet.runtime import Session, load
 from whet.runtime.artifact import open_artifact
 from whet.runtime.audit import NEVER
-from whet.runtime.memo import LEVELS, Memo
+from whet.runtime.memo import LEVELS, Keys, Memo
 from whet.runtime.memo_file import KEYS, Description, MemoError, MemoFile, create, describe
 from whet.runtime.packing import positions_within
 from whet.runtime.text import Text
@@ -177,7 +177,7 @@ def build(
         with progress.phase("learn a key"):
             pairs = pairs_of(memo.file)
             if len(pairs.scale) >= _PAIRS:
-                memo.learn(fit_vectors(table, pairs, DIMENSIONS))
+                _put(fit_vectors(table, pairs, DIMENSIONS), memo.file, session.metadata.max_length)
                 describe(unfinished, replace(description, keys_of=dict.fromkeys(LEVELS, "learned")))
                 memos["learned"] = Memo(unfinished, session.metadata)
         with progress.phase("choose distances and lengths"):
@@ -327,6 +327,15 @@ def _plan(session: Session, requests: Sequence[NDArray[np.int32]], memory: int) 
     return replace(description, capacity=capacity), sorted(often[:count], key=lambda tokens: tokens.shape[1])
 
 
+def _put(vectors: NDArray[np.float32], file: MemoFile, max_length: int) -> None:
+    """Write learned vectors ``(vocabulary, DIMENSIONS)``, and each record's key by them."""
+    kind = KEYS.index("learned")
+    file.vectors[kind] = vectors
+    keys = Keys(vectors, max_length)
+    for i in range(file.count):
+        file.keys[kind, i] = keys.key(file.tokens(i)[0])
+
+
 def _word_embeddings(session: Session) -> NDArray[np.float32]:
     """The module's table ``(vocabulary, channels)``, centred."""
     metadata = session.metadata
@@ -371,13 +380,10 @@ class _Nearest:
     addresses: NDArray[np.int64]
     losses: NDArray[np.float64]
 
-    def threshold(self, level: str, max_loss: float) -> float:
-        """The level's distance."""
-        return _threshold(self.distances, self.losses, BUDGETS[level] * max_loss / 100, of_hits=level == "strict")
-
-    def hits(self, distance: float) -> NDArray[np.bool_]:
-        """Which requests are near enough."""
-        return self.distances <= distance
+    def level(self, name: str, max_loss: float) -> tuple[float, NDArray[np.bool_]]:
+        """A level's distance, and which requests are near enough."""
+        distance = _threshold(self.distances, self.losses, BUDGETS[name] * max_loss / 100, of_hits=name == "strict")
+        return distance, self.distances <= distance
 
 
 def _nearest(
@@ -412,11 +418,10 @@ def _judge(
     levels, near, loss = {}, {}, {}
     for level in LEVELS:
         # A learned distance of 0 is of requests that only have the same attention; one of words is of the same request.
-        by_kind = {kind: n for kind, n in nearest.items() if level != "strict" or kind == "words"}
-        found = {kind: n.hits(n.threshold(level, max_loss)) for kind, n in by_kind.items()}
-        kind = max(found, key=lambda kind: int(found[kind].sum()))
-        keys_of[level], levels[level], near[level] = kind, by_kind[kind].threshold(level, max_loss), found[kind]
-        loss[level] = 100 * float(by_kind[kind].losses[near[level]].sum() / len(requests))
+        found = {k: n.level(level, max_loss) for k, n in nearest.items() if level != "strict" or k == "words"}
+        kind = keys_of[level] = max(found, key=lambda kind: int(found[kind][1].sum()))
+        levels[level], near[level] = found[kind]
+        loss[level] = 100 * float(nearest[kind].losses[near[level]].sum() / len(requests))
     memo, addresses = memos["words"], nearest["words"].addresses
     buckets = []
     lengths = np.array([tokens.shape[1] for tokens in requests])

@@ -81,12 +81,19 @@ def wikitext(path: Path) -> Iterator[str]:
 
 def quora(path: Path) -> Iterator[str]:
     """Both questions of every pair."""
+    for first, second, _ in quora_pairs(path):
+        yield from (first, second)
+
+
+def quora_pairs(path: Path) -> Iterator[tuple[str, str, bool]]:
+    """Two questions, and whether they ask the same."""
     with tarfile.open(path) as archive:
         member = archive.extractfile(archive.getmembers()[0])
         if member is None:
             raise ValueError(f"{path} holds no file")
         for pair in json.load(member):
-            yield from (" ".join(str(pair[name]).split()) for name in ("text_a", "text_b"))
+            first, second = (" ".join(str(pair[name]).split()) for name in ("text_a", "text_b"))
+            yield first, second, bool(int(pair["label"]))
 
 
 def mrpc(path: Path) -> Iterator[str]:

@@ -30,7 +30,8 @@ from report import table
 
 import whet
 from whet.memoizing import Bucket, inspect
-from whet.runtime.memo import LEVELS, Keys, Memo
+from whet.runtime import Session
+from whet.runtime.memo import LEVELS, Memo
 from whet.runtime.memo_file import MemoFile, create
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,8 +47,8 @@ def main() -> None:
     requests = session.requests(lines)
     rows = []
     for n in SIZES:
-        with records(MemoFile(memo), requests[QUERIES : QUERIES + n]) as path:
-            memos = {level: Memo(path, session.metadata, level=level) for level in LEVELS}
+        with records(session, MemoFile(memo), requests[QUERIES : QUERIES + n]) as path:
+            memos = {level: session.open_memo(path, level=level) for level in LEVELS}
             rows.append(measure(memos, requests[:QUERIES], report.buckets))
     head = ["records", "MB", *(f"hit, {level}" for level in LEVELS), "µs of a look-up", "µs saved per request, default"]
     body = [
@@ -74,19 +75,17 @@ def main() -> None:
 
 
 @contextmanager
-def records(like: MemoFile, requests: Sequence[NDArray[np.int32]]) -> Iterator[Path]:
+def records(session: Session, like: MemoFile, requests: Sequence[NDArray[np.int32]]) -> Iterator[Path]:
     """Make a memo file of requests, with nothing for attention, that looks up at all lengths."""
-    longest = max(tokens.shape[1] for tokens in requests)
-    kinds = [Keys(vectors, longest) for vectors in like.vectors]
     description = replace(like.description, capacity=len(requests), pays={level: [[1, 1 << 16]] for level in LEVELS})
     needed = sum(description.record_size(tokens.shape[1]) for tokens in requests)
     description = replace(description, size=description.first_record + needed)
     with TemporaryDirectory(prefix="whet-memo-size-") as folder:
         path = Path(folder) / "a.memo"
         create(path, description, like.vectors)
-        file = MemoFile(path, writable=True)
+        memo = session.open_memo(path, grow=True)
         for tokens in requests:
-            file.add(tokens, np.stack([keys.key(tokens[0]) for keys in kinds]))
+            memo.file.add(tokens, memo.keys_of(tokens))
         yield path
 
 
@@ -100,10 +99,10 @@ def measure(memos: dict[str, Memo], asked: Sequence[NDArray[np.int32]], buckets:
         start = time.thread_time()
         memos["default"].find(tokens[0], tokens[1], np.array([length]))
         seconds.append(time.thread_time() - start)
-        found = {level: memo.nearest(tokens, description.levels[level])[0] for level, memo in memos.items()}
-        for level, record in found.items():
-            hits[level] += record is not None
-        if found["default"] is not None:
+        near = {level: memo.nearest(tokens)[1] <= description.levels[level] for level, memo in memos.items()}
+        for level, hit in near.items():
+            hits[level] += hit
+        if near["default"]:
             bucket = next((b for b in buckets if b.lengths[0] <= length <= b.lengths[1]), buckets[-1])
             saved += bucket.plain - bucket.hit
     look_up = float(np.mean(seconds)) * 1e6

@@ -138,7 +138,7 @@ int Run(const std::string& path, const std::string& runtime, const std::vector<i
 
   const char* text = static_cast<const char*>(Symbol(library, "whet_metadata"));
   json::Object metadata = json::Parse(ffi::String(text)).cast<json::Object>();
-  if (Get<int64_t>(metadata, "format") != 3) throw std::runtime_error("this program reads format 3 only");
+  if (Get<int64_t>(metadata, "format") != 4) throw std::runtime_error("this program reads format 4 only");
   metadata = ChooseVariant(metadata);
   if (Get<ffi::String>(metadata, "convention") != "packed") throw std::runtime_error("only packed modules are handled");
 

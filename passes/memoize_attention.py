@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from tvm import IRModule, relax, tirx
 
+from whet.schedules.nearest_record import DIMENSIONS
+
 from . import dialect
 from .dialect import TILE
 from .graph import Graph, attributes, digest_of, is_call, rewrite
@@ -29,6 +31,8 @@ class Records:
     """SHA-256 of all that the probabilities follow from: another model, or other scales, make other records."""
     layers: int
     heads: int
+    dimensions: int
+    """Of the keys by which they are found."""
 
 
 def records_of(module: IRModule) -> Records:
@@ -43,7 +47,7 @@ def records_of(module: IRModule) -> Records:
             heads.append(int(attributes(binding.value)["heads"]))
     if len(set(heads)) != 1:
         raise ValueError(f"memoizing needs layers with the same number of heads; this model's have {heads}")
-    return Records(digest.hexdigest(), len(heads), heads[0])
+    return Records(digest.hexdigest(), len(heads), heads[0], DIMENSIONS)
 
 
 def memoize_attention(module: IRModule) -> IRModule:

@@ -7,7 +7,6 @@ import os
 from whet.runtime.artifact import open_artifact
 from whet.runtime.audit import Auditor
 from whet.runtime.engine import Engine
-from whet.runtime.memo import Memo
 from whet.runtime.memo_file import MemoError
 from whet.runtime.metadata import ArtifactError
 from whet.runtime.session import Session
@@ -54,5 +53,5 @@ def load(
         kept = artifact.path.with_name(artifact.path.name + ".audit")
         session.auditor = Auditor(session, twin, audit, kept, artifact.digest)
     if memo is not None:
-        session.memo = Memo(memo, session.metadata, level=memo_level, grow=memo_grow)
+        session.memo = session.open_memo(memo, level=memo_level, grow=memo_grow)
     return session

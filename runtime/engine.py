@@ -162,7 +162,7 @@ class Engine:
         self, ids: NDArray[Any], lengths: NDArray[np.int64], types: NDArray[Any] | None
     ) -> NDArray[np.float32]:
         if self.metadata.convention != "padded":
-            return self._run_packed(ids, lengths, positions_within(lengths), types)
+            return self._run_packed(ids, lengths, None, types)
         # Batches of one: without padding no answer can depend on its neighbours.
         first = starts(lengths)
         spans = [slice(a, a + n) for a, n in zip(first, lengths, strict=True)]
@@ -171,16 +171,17 @@ class Engine:
         return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
 
     def _run_packed(
-        self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any], types: NDArray[Any] | None
+        self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any] | None, types: NDArray[Any] | None
     ) -> NDArray[np.float32]:
-        """Run whole requests. Positions have been checked."""
+        """Run whole requests. Positions have been checked, or count from 0 if None."""
         rows = self.traced(ids, lengths, positions, types)
         if self.auditor is not None:
-            self.auditor.offer(ids, lengths, positions, types, rows[:, -2])
+            places = positions_within(lengths) if positions is None else positions
+            self.auditor.offer(ids, lengths, places, types, rows[:, -2])
         return np.ascontiguousarray(rows[:, : self.metadata.output.channels])
 
     def traced(
-        self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any], types: NDArray[Any] | None
+        self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any] | None, types: NDArray[Any] | None
     ) -> NDArray[np.float32]:
         """Rows as :meth:`run_packed` gives them; with caches two more channels: after how many layers, and the trust.
 
@@ -190,10 +191,10 @@ class Engine:
         if lengths.size and lengths.max() > self.metadata.max_length:
             raise ValueError(self._too_long(f"request {np.argmax(lengths)} has {lengths.max()} tokens"))
         # Records are of requests whose positions count from 0.
-        if self.memo is not None and np.array_equal(positions, positions_within(lengths)):
+        if self.memo is not None and (positions is None or np.array_equal(positions, positions_within(lengths))):
             found = self.memo.find(ids, types, lengths)
             if found is not None:
-                return self._run_with_memo(self.memo, ids, lengths, positions, types, found.records)
+                return self._run_with_memo(self.memo, ids, lengths, types, found.records)
         return self.run_recorded(ids, lengths, positions, types)
 
     def _run_with_memo(
@@ -201,13 +202,12 @@ class Engine:
         memo: Memo,
         ids: NDArray[Any],
         lengths: NDArray[np.int64],
-        positions: NDArray[Any],
         types: NDArray[Any] | None,
         records: NDArray[np.int64],
     ) -> NDArray[np.float32]:
         """Run requests without records before those with, so that both have tiles of their own."""
         if len(lengths) == 1 and not memo.grows:
-            return self.run_recorded(ids, lengths, positions, types, records)
+            return self.run_recorded(ids, lengths, None, types, records)
         first = starts(lengths)
         spans = [slice(a, a + n) for a, n in zip(first.tolist(), lengths.tolist(), strict=True)]
         per_token = self.metadata.output.per == "token"
@@ -222,7 +222,7 @@ class Engine:
                     rows = self.run_recorded(
                         ids[s],
                         lengths[i : i + 1],
-                        positions[s],
+                        None,
                         None if types is None else types[s],
                         np.array([[0, room.address]]),
                     )
@@ -235,7 +235,7 @@ class Engine:
             out[tokens if per_token else order] = self.run_recorded(
                 ids[tokens],
                 lengths[order],
-                positions[tokens],
+                None,
                 None if types is None else types[tokens],
                 records[order],
             )
@@ -245,7 +245,7 @@ class Engine:
         self,
         ids: NDArray[Any],
         lengths: NDArray[np.int64],
-        positions: NDArray[Any],
+        positions: NDArray[Any] | None,
         types: NDArray[Any] | None,
         records: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float32]:
@@ -263,13 +263,17 @@ class Engine:
             out[rows] = self._call(
                 self._invoke_packed,
                 ids[tokens],
-                positions[tokens],
+                None if positions is None else positions[tokens],
                 0 if types is None else types[tokens],
                 lengths[requests],
                 None if records is None else records[requests],
             )
             start = tokens.stop
         return out
+
+    def open_memo(self, path: str | os.PathLike[str], *, level: str = "default", grow: bool = False) -> Memo:
+        """Open a memo file for this module, as :class:`Memo` does; it is used from where ``memo`` is set to it."""
+        return Memo(path, self.metadata, self._library, level=level, grow=grow)
 
     def _run_padded(
         self, ids: NDArray[Any], kept: NDArray[np.bool_] | None, types: NDArray[Any] | None
@@ -330,7 +334,7 @@ class Engine:
     def _invoke_packed(
         self,
         ids: NDArray[Any],
-        positions: NDArray[Any],
+        positions: NDArray[Any] | None,
         types: NDArray[Any] | Literal[0],
         lengths: NDArray[np.int64],
         records: NDArray[np.int64] | None,

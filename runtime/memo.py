@@ -1,13 +1,12 @@
-"""Finds the record that a request can use: of an earlier one with the same tokens, or of the nearest in a memo file.
+"""Finds the record that a request can use: the one with the nearest key, if its tokens are near enough.
 
-One look-up serves all layers, before the first of them. The distance of two requests of the same number of tokens is
-that of the vectors of their words, place by place: the root of the mean over places of the squared distance. A key of a
-fixed size, a sum of the vectors with signs that belong to the places, has nearly the same distances and finds the
-nearest; whether it is near enough its tokens say. There are two kinds of vectors, ``memo_file.KEYS``.
+One look-up serves all layers, before the first of them. Compiled code does it, see whet.schedules.nearest_record, by
+one of two kinds of vectors of words, ``memo_file.KEYS``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import threading
 import time
@@ -21,8 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.runtime.memo_file import KEYS, MemoError, MemoFile, hash_of
+from whet.runtime.ffi import tvm_ffi
+from whet.runtime.memo_file import KEYS, MemoError, MemoFile
 from whet.runtime.metadata import Metadata
+from whet.runtime.packing import aligned, starts
 
 KEPT = 0.75
 """Share of a full file, in bytes and in records, that is kept."""
@@ -32,30 +33,6 @@ LOOK_EVERY = 0.1
 
 LEVELS = ("strict", "default", "loose")
 """Names of how near is near enough, each with a distance of its own in the file."""
-
-
-class Keys:
-    """Keys and distances of requests, by the vectors of tokens."""
-
-    def __init__(self, vectors: NDArray[np.float32], max_length: int) -> None:
-        self._vectors = vectors
-        dimensions = vectors.shape[1]
-        bits = np.frombuffer(hashlib.shake_256(b"whet").digest(max_length * dimensions // 8), np.uint8)
-        self._signs = np.unpackbits(bits).reshape(max_length, dimensions).astype(np.float32) * 2 - 1
-
-    def key(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Of token ids ``(length,)``; float32 ``(dimensions,)``."""
-        rows = self._vectors[ids]
-        rows *= self._signs[: len(ids)]
-        key: NDArray[np.float32] = rows.sum(axis=0)
-        key *= len(ids) ** -0.5
-        return key
-
-    def distance(self, a: NDArray[np.int32], b: NDArray[np.int32]) -> float:
-        """Of two requests' token ids ``(length,)``."""
-        other = np.flatnonzero(a != b)
-        difference = (self._vectors[a[other]] - self._vectors[b[other]]).reshape(-1)
-        return float(np.sqrt(difference @ difference / len(a)))
 
 
 @dataclass
@@ -78,44 +55,65 @@ class Found:
     """Where they are; its memory is there as long as this is."""
 
 
-class _Index:
-    """The records of one file by their tokens, and when they were last used."""
+class _Asked:
+    """Requests as compiled code takes them, and where it writes what it found."""
 
-    def __init__(self, file: MemoFile, max_length: int, kind: str) -> None:
+    def __init__(self, tokens: int, requests: int) -> None:
+        self.tokens = aligned((2, tokens), np.int32)
+        self.segments = aligned((requests, 2), np.int32)
+        self.number: NDArray[np.int64] = aligned((requests,), np.int64)
+        self.distance: NDArray[np.float32] = aligned((requests,), np.float32)
+        self.given = [tvm_ffi.from_dlpack(array) for array in (self.tokens, self.segments)]
+        self.found = [tvm_ffi.from_dlpack(array) for array in (self.number, self.distance)]
+
+
+class _Code:
+    """The functions of a module that look up, and what they take besides a file."""
+
+    def __init__(self, metadata: Metadata, library: Any) -> None:
+        self.key = library[f"{metadata.entry}_key"]
+        self.nearest = library[f"{metadata.entry}_nearest"]
+        self.max_length = metadata.max_length
+        self.dimensions = metadata.records.dimensions if metadata.records else 0
+        bits = hashlib.shake_256(b"whet").digest(-(-self.max_length * self.dimensions // 8))
+        signs = np.unpackbits(np.frombuffer(bits, np.uint8))[: self.max_length * self.dimensions]
+        self.signs = _own(signs.reshape(self.max_length, self.dimensions).astype(np.int8) * 2 - 1)
+
+
+class _Index:
+    """The records of one file by their lengths, and when they were last used."""
+
+    def __init__(self, file: MemoFile, code: _Code, kind: str) -> None:
         self.file = file
-        self.max_length = max_length
         self.kind = kind
         """Of the keys by which the nearest is found."""
-        self._every = [Keys(vectors, max_length) for vectors in file.vectors]
-        self._keys, self._stored = self._every[KEYS.index(kind)], file.keys[KEYS.index(kind)]
+        self._code = code
+        vectors, keys = file.vectors[KEYS.index(kind)], file.keys[KEYS.index(kind)]
+        self._vectors = [_of_file(vectors) for vectors in file.vectors]
+        self._before = [_of_file(vectors), code.signs, _of_file(keys)]
+        entries = file.entries.view(np.int64).reshape(len(file.entries), -1)
+        self._after = [_of_file(entries), _of_file(file.words)]
         self._lock = threading.RLock()
-        self._known = 0
-        self._by_hash: dict[int, int] = {}
-        self._by_length: dict[int, list[int]] = {}
-        self._of_length: dict[int, tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]] = {}
+        self._known = -1
+        self._by_length: list[Any] = []
         self.used: dict[int, None] = {}
         """Records that were of use, the latest last."""
         self.take_in_new()
 
-    def nearest(self, tokens: NDArray[np.int32], within: float) -> tuple[int | None, float]:
-        """Record of the same tokens, or of the nearest ones; None where that is farther than ``within``."""
-        same = self._by_hash.get(hash_of(tokens))
-        if same is not None and (self.file.tokens(same) == tokens).all():
-            return same, 0.0
-        length = tokens.shape[1]
-        if within <= 0 or length not in self._by_length:
-            return None, np.inf
-        indices, keys, norms = self._of_length.get(length) or self._gather(length)
-        index = int(indices[(norms - 2 * (keys @ self._keys.key(tokens[0]))).argmin()])
-        other = self.file.tokens(index)
-        if (other[1] != tokens[1]).any():
-            return None, np.inf
-        distance = self._keys.distance(tokens[0], other[0])
-        return (index if distance <= within else None), distance
+    def of(self, file: MemoFile) -> _Index:
+        """The same of another file."""
+        return _Index(file, self._code, self.kind)
 
-    def keys_of(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Of each kind the key of a request's ``tokens`` ``(2, length)``."""
-        return np.stack([keys.key(tokens[0]) for keys in self._every])
+    def search(self, asked: _Asked) -> None:
+        """Find the record nearest to each request; requests of length 0 have none."""
+        self._code.nearest(*asked.given, *self._before, *self._by_length, *self._after, *asked.found)
+
+    def keys_of(self, asked: _Asked) -> NDArray[np.float32]:
+        """Of each kind the keys of requests, ``(2, requests, dimensions)``."""
+        keys = aligned((len(KEYS), len(asked.segments), self._code.dimensions), np.float32)
+        for vectors, out in zip(self._vectors, keys, strict=True):
+            self._code.key(*asked.given, vectors, self._code.signs, tvm_ffi.from_dlpack(out))
+        return keys
 
     def use(self, index: int) -> None:
         """Note that a record is of use."""
@@ -133,7 +131,7 @@ class _Index:
         latest = [*others, *used][::-1][: int(KEPT * d.capacity)]
         fit = np.searchsorted(np.cumsum([sizes[i] for i in latest]), KEPT * (d.size - d.first_record), side="right")
         keep = sorted(latest[: int(fit)])
-        index = _Index(self.file.thinned(keep), self.max_length, self.kind)
+        index = self.of(self.file.thinned(keep))
         new = {old: number for number, old in enumerate(keep)}
         index.used = {new[old]: None for old in used if old in new}
         return index
@@ -144,36 +142,32 @@ class _Index:
             return
         with self._lock:
             count = self.file.count
-            entries = self.file.entries[self._known : count]
-            new = list(zip(entries["hash"].tolist(), entries["length"].tolist(), strict=True))
-            for i, (hashed, length) in enumerate(new, self._known):
-                self._by_hash[hashed] = i
-                self._by_length.setdefault(length, []).append(i)
-                self._of_length.pop(length, None)
+            lengths = self.file.entries["length"][:count].astype(np.uint16)
+            order = np.argsort(lengths, kind="stable")
+            begin = np.searchsorted(lengths[order], np.arange(self._code.max_length + 2))
+            # An array has a place in memory only if it has an element.
+            self._by_length = [_own(array.astype(np.int64)) for array in (np.append(order, 0), begin)]
             self._known = count
-
-    def _gather(self, length: int) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-        """Collect the records of a length: their numbers, keys and squared norms of these."""
-        indices = np.array(self._by_length[length], np.int64)
-        first, last = int(indices[0]), int(indices[-1])
-        # Where they stand together, as building puts them, the keys are pages of the file.
-        together = last - first + 1 == len(indices)
-        keys = self._stored[first : last + 1] if together else self._stored[indices]
-        self._of_length[length] = indices, keys, np.einsum("nd,nd->n", keys, keys)
-        return self._of_length[length]
 
 
 class Memo:
     """Records of a memo file, for the module that made them."""
 
     def __init__(
-        self, path: str | PathLike[str], metadata: Metadata, *, level: str = "default", grow: bool = False
+        self,
+        path: str | PathLike[str],
+        metadata: Metadata,
+        library: Any,
+        *,
+        level: str = "default",
+        grow: bool = False,
     ) -> None:
         """Open a file for a module.
 
         Args:
             path: file that ``whet memo build`` wrote.
             metadata: the module's.
+            library: its code.
             level: how near is near enough: ``"strict"``, ``"default"`` or ``"loose"``.
             grow: let requests that find nothing add records. One process at a time may.
 
@@ -192,6 +186,8 @@ class Memo:
         self._lock = threading.RLock()
         self._follows = True
         self._look_again = 0.0
+        self._local = threading.local()
+        self._max_length = metadata.max_length
         file = MemoFile(path, writable=grow)
         description = file.description
         if description.records != metadata.records:
@@ -199,38 +195,48 @@ class Memo:
                 f"{path} was built for another model, or another build of it ({description.name}); build one for this "
                 "module: whet memo build"
             )
-        self._index = _Index(file, metadata.max_length, description.keys_of[level])
-        self._nearest = description.levels[level]
+        self._index = _Index(file, _Code(metadata, library), description.keys_of[level])
+        self._within = description.levels[level]
         ranges = description.pays[level]
-        self._pays = [any(first <= n <= last for first, last in ranges) for n in range(metadata.max_length + 1)]
+        paying = [any(first <= n <= last for first, last in ranges) for n in range(metadata.max_length + 1)]
+        self._pays = np.array(paying, np.bool_)
 
     @property
     def file(self) -> MemoFile:
         """The file as it is mapped now."""
         return self._index.file
 
-    def nearest(self, tokens: NDArray[np.int32], within: float) -> tuple[int | None, float]:
-        """Record of the same tokens, or of the nearest ones; None where that is farther than ``within``."""
-        return self._index.nearest(tokens, within)
+    def nearest(self, tokens: NDArray[np.int32]) -> tuple[int | None, float]:
+        """Record nearest to a request, and how far it is; ``tokens`` are ``(2, length)``."""
+        asked = self._ask(tokens[0], tokens[1], np.array([tokens.shape[1]]))
+        self._current().search(asked)
+        number = asked.number.item(0)
+        return (None if number < 0 else number), asked.distance.item(0)
+
+    def keys_of(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Of each kind the key of a request, ``(2, dimensions)``; ``tokens`` are ``(2, length)``."""
+        asked = self._ask(tokens[0], tokens[1], np.array([tokens.shape[1]]))
+        return self._index.keys_of(asked)[:, 0]
 
     def find(self, ids: NDArray[Any], types: NDArray[Any] | None, lengths: NDArray[np.int64]) -> Found | None:
         """Records that requests can use; None if none can, unless records are to be added."""
-        sizes = lengths.tolist()
-        wanted = sum(self._pays[n] for n in sizes)
+        pays = self._pays[lengths]
+        wanted = int(np.count_nonzero(pays))
         if not wanted:
             return None
         index = self._current()
-        found = np.zeros((len(sizes), 2), np.int64)
-        start = hits = 0
-        for i, n in enumerate(sizes):
-            if self._pays[n]:
-                record = index.nearest(self.tokens(ids, types, slice(start, start + n)), self._nearest)[0]
-                if record is not None:
-                    found[i, 0] = index.file.address(record)
-                    hits += 1
-                    if self.grows:
-                        index.use(record)
-            start += n
+        asked = self._ask(ids, types, lengths)
+        if wanted < len(lengths):
+            asked.segments[:, 1] *= pays
+        index.search(asked)
+        found = np.zeros((len(lengths), 2), np.int64)
+        hits = 0
+        for i, (number, distance) in enumerate(zip(asked.number.tolist(), asked.distance.tolist(), strict=True)):
+            if distance <= self._within:
+                found[i, 0] = index.file.address(number)
+                hits += 1
+                if self.grows:
+                    index.use(number)
         self.hits += hits
         self.misses += wanted - hits
         return Found(found, index.file) if hits or self.grows else None
@@ -239,7 +245,7 @@ class Memo:
         """Whether a record of so many tokens is of use and fits, at least once others have left."""
         d = self.file.description
         freed = (1 - KEPT) * (d.size - d.first_record)
-        return self._pays[length] and (d.record_size(length) <= freed or self.file.room(length) is not None)
+        return bool(self._pays[length]) and (d.record_size(length) <= freed or self.file.room(length) is not None)
 
     @contextmanager
     def adding(self, tokens: NDArray[np.int32]) -> Iterator[Room]:
@@ -252,7 +258,7 @@ class Memo:
             room = Room(address or 0)
             yield room
             if room.complete and address is not None:
-                index.file.add(tokens, index.keys_of(tokens))
+                index.file.add(tokens, self.keys_of(tokens))
                 index.take_in_new()
                 index.use(index.file.count - 1)
 
@@ -282,10 +288,23 @@ class Memo:
             file = MemoFile(self.file.path)
             if file.description != self.file.description:
                 raise MemoError(f"{file.path} was built anew; load the module again to use that")
-            self._index = _Index(file, self._index.max_length, self._index.kind)
+            self._index = self._index.of(file)
         except (MemoError, OSError) as error:
             self._follows = False
             warnings.warn(f"the memo file that was opened stays in use: {error}", stacklevel=2)
+
+    def _ask(self, ids: NDArray[Any], types: NDArray[Any] | None, lengths: NDArray[np.int64]) -> _Asked:
+        """Requests as compiled code takes them; a thread's single ones have the same memory again and again."""
+        asked: _Asked | None = getattr(self._local, "asked", None) if len(lengths) == 1 else None
+        if asked is None:
+            asked = _Asked(max(len(ids), self._max_length), len(lengths))
+            asked.segments[:, 0] = starts(lengths)
+            if len(lengths) == 1:
+                self._local.asked = asked
+        asked.segments[:, 1] = lengths
+        asked.tokens[0, : len(ids)] = ids
+        asked.tokens[1, : len(ids)] = 0 if types is None else types
+        return asked
 
     @staticmethod
     def tokens(ids: NDArray[Any], types: NDArray[Any] | None, span: slice) -> NDArray[np.int32]:
@@ -295,3 +314,16 @@ class Memo:
         if types is not None:
             tokens[1] = types[span]
         return tokens
+
+
+def _own(array: NDArray[Any]) -> Any:
+    """A copy as compiled code takes it."""
+    copy = aligned(array.shape, array.dtype)
+    copy[...] = array
+    return tvm_ffi.from_dlpack(copy)
+
+
+def _of_file(array: NDArray[Any]) -> Any:
+    """Pages of a file as compiled code takes them, which only reads: they may be such as can't be written."""
+    pages = (ctypes.c_uint8 * array.nbytes).from_address(array.__array_interface__["data"][0])
+    return tvm_ffi.from_dlpack(np.ctypeslib.as_array(pages).view(array.dtype).reshape(array.shape))

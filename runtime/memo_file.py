@@ -7,7 +7,7 @@ at             contents
 ``vectors``    float32 ``(2, vocabulary, dimensions)``: what a token adds to a request's keys, of each of ``KEYS``
 ``entries``    one for each record there is room for, see ``ENTRY``
 ``keys``       float32 ``(2, capacity, dimensions)``
-``records``    per record its attention (whet.schedules.attention_memoized), then token ids and types, int32
+``records``    per record its token ids and types, int32, then its attention (whet.schedules.attention_memoized)
 =============  ============================================================================================
 
 All parts start on pages, records at multiples of 64 bytes. A record counts from when the number of records says so,
@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from whet.runtime.metadata import ALIGNMENT, Records
 
-FORMAT = 2
+FORMAT = 3
 _MAGIC = b"WHETMEMO"
 _HEADER = struct.Struct("<8sII32s")
 _COUNT = 56
@@ -45,8 +45,8 @@ _PAGE = 4096
 KEYS = ("words", "learned")
 """Kinds of keys: of word embeddings as they are, and of what was learned of them (whet.caching.word_key)."""
 
-ENTRY = np.dtype([("hash", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("checksum", "<u4"), ("check", "<u8")])
-"""Of a record: hash of its tokens; first byte; tokens; CRC-32 of its bytes; what these fields make, see ``_checks``."""
+ENTRY = np.dtype([("offset", "<u8"), ("length", "<u4"), ("checksum", "<u4"), ("check", "<u8")])
+"""Of a record: first byte; tokens; CRC-32 of its bytes; what these fields make, see ``_checks``."""
 
 
 class MemoError(ValueError):
@@ -61,7 +61,6 @@ class Description:
     """Of the model, for people."""
     records: Records
     vocabulary: int
-    dimensions: int
     capacity: int
     """Most records."""
     size: int
@@ -82,7 +81,7 @@ class Description:
 
     @property
     def entries(self) -> int:  # noqa: D102
-        return _page(self.vectors + 4 * len(KEYS) * self.vocabulary * self.dimensions)
+        return _page(self.vectors + 4 * len(KEYS) * self.vocabulary * self.records.dimensions)
 
     @property
     def keys(self) -> int:  # noqa: D102
@@ -90,15 +89,15 @@ class Description:
 
     @property
     def first_record(self) -> int:  # noqa: D102
-        return _page(self.keys + 4 * len(KEYS) * self.dimensions * self.capacity)
+        return _page(self.keys + 4 * len(KEYS) * self.records.dimensions * self.capacity)
 
     def record_size(self, length: int) -> int:
         """Bytes of a record with its tokens."""
-        return self.records.size(length) + _up(8 * length, ALIGNMENT)
+        return _tokens_size(length) + self.records.size(length)
 
 
 class MemoFile:
-    """A mapped memo file. ``entries``, ``keys`` and ``vectors`` are views of it; those past ``count`` are to come."""
+    """A mapped memo file. ``vectors``, ``entries`` and ``keys`` are views of it; those past ``count`` are to come."""
 
     def __init__(self, path: str | PathLike[str], *, writable: bool = False) -> None:
         """Map and check the file; with ``writable`` this process may add records.
@@ -116,10 +115,12 @@ class MemoFile:
                 raise MemoError(f"{path} is no memo file, or cut off; make one: whet memo build")
             self._pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
         self.description = d = self._describe()
-        self.vectors = self._view(np.float32, d.vectors, (len(KEYS), d.vocabulary, d.dimensions))
+        self.vectors = self._view(np.float32, d.vectors, (len(KEYS), d.vocabulary, d.records.dimensions))
         self.entries = self._view(ENTRY, d.entries, (d.capacity,))
         self._lengths, self._offsets = self.entries["length"], self.entries["offset"]
-        self.keys = self._view(np.float32, d.keys, (len(KEYS), d.capacity, d.dimensions))
+        self.keys = self._view(np.float32, d.keys, (len(KEYS), d.capacity, d.records.dimensions))
+        self.words = self._view(np.int32, 0, (d.size // 4,))
+        """The whole file."""
         self._address = int(np.frombuffer(self._pages, np.uint8).__array_interface__["data"][0])
         self._check_entries()
 
@@ -138,34 +139,31 @@ class MemoFile:
 
     def address(self, index: int) -> int:
         """Where a record's attention is in memory."""
-        return self._address + int(self._offsets[index])
+        return int(self._address + self._offsets.item(index) + _tokens_size(self._lengths.item(index)))
 
     def tokens(self, index: int) -> NDArray[np.int32]:
         """Token ids and types of a record, ``(2, length)``."""
         length = self._lengths.item(index)
-        offset = self._offsets.item(index) + self.description.records.size(length)
-        return np.frombuffer(self._pages, np.int32, 2 * length, offset).reshape(2, length)
+        return np.frombuffer(self._pages, np.int32, 2 * length, self._offsets.item(index)).reshape(2, length)
 
     def attention(self, index: int) -> NDArray[np.uint8]:
         """Of a record, flat, as ``whet.schedules.attention_memoized`` lays it out."""
-        size = self.description.records.size(self._lengths.item(index))
-        return np.frombuffer(self._pages, np.uint8, size, self._offsets.item(index))
+        length = self._lengths.item(index)
+        offset = self._offsets.item(index) + _tokens_size(length)
+        return np.frombuffer(self._pages, np.uint8, self.description.records.size(length), offset)
 
     def room(self, length: int) -> int | None:
-        """Where the next record would be in memory, if it fits; it is written there, then ``add`` counts it."""
+        """Where the next record's attention would be in memory, if it fits: that is written, then ``add`` counts it."""
         offset, count = self._end(), self.count
         fits = offset + self.description.record_size(length) <= self.description.size
-        return self._address + offset if fits and count < self.description.capacity else None
+        return self._address + offset + _tokens_size(length) if fits and count < self.description.capacity else None
 
     def add(self, tokens: NDArray[np.int32], keys: NDArray[np.float32]) -> None:
-        """Count the record that was written into the ``room``: its tokens, ``(2, length)``, and a key of each kind."""
+        """Count the record whose attention is in the ``room``: its tokens, ``(2, length)``, and a key of each kind."""
         length = tokens.shape[1]
         offset = self._end()
-        attention = self.description.records.size(length)
-        self._pages[offset + attention : offset + attention + tokens.nbytes] = np.ascontiguousarray(tokens).tobytes()
-        with memoryview(self._pages) as view:
-            checksum = zlib.crc32(view[offset : offset + attention + tokens.nbytes])
-        self._count_one((hash_of(tokens), offset, length, checksum, 0), keys)
+        self._pages[offset : offset + tokens.nbytes] = np.ascontiguousarray(tokens).tobytes()
+        self._count_one((offset, length, self._checksum(offset, length), 0), keys)
 
     def thinned(self, keep: Sequence[int]) -> MemoFile:
         """Put a file of these records alone, in this order, in place of this one, and map it; this one adds no more.
@@ -185,10 +183,10 @@ class MemoFile:
                 os.posix_fallocate(file.fileno(), 0, self.description.first_record + size)
             new = MemoFile(path, writable=True)
             for i in keep:
-                hashed, start, length, checksum, _ = self.entries[i].tolist()
+                start, length, checksum, _ = self.entries[i].tolist()
                 offset, size = new._end(), new.description.record_size(length)
                 new._pages[offset : offset + size] = self._pages[start : start + size]
-                new._count_one((hashed, offset, length, checksum, 0), self.keys[:, i])
+                new._count_one((offset, length, checksum, 0), self.keys[:, i])
             new.flush()
             path.replace(self.path)
         except BaseException:
@@ -211,15 +209,19 @@ class MemoFile:
     def verify(self) -> None:
         """Compare all records with their checksums; MemoError where one differs."""
         for i in range(self.count):
-            entry = self.entries[i]
-            end = int(entry["offset"]) + self.description.records.size(int(entry["length"])) + 8 * int(entry["length"])
-            with memoryview(self._pages) as view:
-                if zlib.crc32(view[int(entry["offset"]) : end]) != entry["checksum"]:
-                    raise MemoError(f"{self.path}: record {i} differs from its checksum; build the file again")
+            offset, length, checksum, _ = self.entries[i].tolist()
+            if self._checksum(offset, length) != checksum:
+                raise MemoError(f"{self.path}: record {i} differs from its checksum; build the file again")
 
     def flush(self) -> None:
         """Have everything on the disk."""
         self._pages.flush()
+
+    def _checksum(self, offset: int, length: int) -> int:
+        """CRC-32 of the record of so many tokens at ``offset``, bytes that nobody writes excepted."""
+        attention, end = offset + _tokens_size(length), offset + self.description.record_size(length)
+        with memoryview(self._pages) as view:
+            return zlib.crc32(view[attention:end], zlib.crc32(view[offset : offset + 8 * length]))
 
     def _end(self) -> int:
         """Where the next record starts."""
@@ -290,15 +292,10 @@ def describe(path: str | PathLike[str], description: Description) -> None:
         file.write(text)
 
 
-def hash_of(tokens: NDArray[np.int32]) -> int:
-    """Of token ids and types ``(2, length)``."""
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(tokens).tobytes(), digest_size=8).digest(), "little")
-
-
 def _checks(entries: NDArray[Any]) -> NDArray[np.uint64]:
     """A value of each entry that a change of a bit changes."""
     mixed = np.full(len(entries), 0x9E3779B97F4A7C15, np.uint64)
-    for name in ("hash", "offset", "length", "checksum"):
+    for name in ("offset", "length", "checksum"):
         mixed = (mixed ^ entries[name].astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
         mixed ^= mixed >> np.uint64(31)
     return mixed
@@ -318,6 +315,11 @@ def _lock(descriptor: int, path: Path) -> int:
         os.close(own)
         raise MemoError(f"{path}: another process adds records already; open it without, or make a copy") from error
     return own
+
+
+def _tokens_size(length: int) -> int:
+    """Bytes that the tokens of a record take."""
+    return _up(8 * length, ALIGNMENT)
 
 
 def _up(size: int, multiple: int) -> int:

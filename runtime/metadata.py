@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-FORMAT = 3
+FORMAT = 4
 """Format of the artefact; a runtime reads exactly the one it was written for."""
 
 ALIGNMENT = 64
@@ -43,6 +43,8 @@ class Records:
     """Of the weights and scales that the probabilities follow from; hexadecimal."""
     layers: int
     heads: int
+    dimensions: int
+    """Of the keys by which they are found, see whet.schedules.nearest_record."""
 
     def size(self, length: int) -> int:
         """Bytes of the record of a request of so many tokens."""
@@ -70,8 +72,9 @@ class Metadata:
     convention: str
     """``"packed"``: the function entry(ids, positions, token_types, segments, weights, workspace, out), where weights
     is the blob and workspace is scratch memory, both uint8. ``"recorded"``: the same with the addresses of records,
-    int64 ``(groups, 16, 2)``, after segments. ``"padded"``: a Relax VM executable with main(*inputs,
-    weights), int64 ``(batch, sequence)`` inputs and a tuple of weights."""
+    int64 ``(groups, 16, 2)``, after segments; the functions ``{entry}_key`` and ``{entry}_nearest`` find these.
+    ``"padded"``: a Relax VM executable with main(*inputs, weights), int64 ``(batch, sequence)`` inputs and a tuple of
+    weights."""
     inputs: tuple[str, ...]
     vocab_size: int
     max_length: int

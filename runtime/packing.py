@@ -44,7 +44,7 @@ class Packed:
     def fill(
         self,
         ids: NDArray[Any],
-        positions: NDArray[Any],
+        positions: NDArray[Any] | None,
         token_types: NDArray[Any] | Literal[0],
         lengths: NDArray[np.int64],
         records: NDArray[np.int64] | None = None,
@@ -53,7 +53,7 @@ class Packed:
 
         Args:
             ids: integers ``(tokens,)``.
-            positions: integers ``(tokens,)``.
+            positions: integers ``(tokens,)``; 0, 1, 2 … within each request if None.
             token_types: integers ``(tokens,)``, or 0 for all.
             lengths: int64 ``(requests,)``, which sum to ``tokens``.
             records: addresses ``(requests, 2)``; 0 where there are none, or for all if None.
@@ -64,7 +64,7 @@ class Packed:
         count, requests = len(ids), len(lengths)
         rows = self._tokens.reshape(3, -1)
         rows[0, :count] = ids
-        rows[1, :count] = positions
+        rows[1, :count] = positions_within(lengths) if positions is None else positions
         rows[2, :count] = token_types
         rows[:, count:] = 0
         segments = self._segments.reshape(-1, 2)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from whet.runtime.artifact import Artifact
 from whet.runtime.engine import Engine
-from whet.runtime.packing import positions_within
 from whet.runtime.spans import best_answers, merge_windows, sigmoid, softmax, words
 from whet.runtime.text import Text, Tokenizer, check_text, check_texts
 
@@ -134,7 +133,7 @@ class Session(Engine):
         parts = []
         for chunk in self._chunks(checked):
             ids, lengths, types = self._ids(self._tokenizer.encode(chunk))
-            parts.append(self.traced(ids, lengths, positions_within(lengths), types))
+            parts.append(self.traced(ids, lengths, None, types))
         rows = np.concatenate(parts)
         return Trace(rows[:, :-2], rows[:, -2].astype(np.int64), rows[:, -1])
 

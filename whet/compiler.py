@@ -33,6 +33,7 @@ from whet.passes.round_to_bf16 import SPARSE, share_of_zeros
 from whet.progress import Progress, Silent
 from whet.runtime.metadata import Metadata, Output, Records, Weight
 from whet.schedules.isa import BF16_ISAS, ISAS, Isa
+from whet.schedules.nearest_record import key, nearest
 from whet.tune.records import TunedKnobs
 
 if TYPE_CHECKING:
@@ -377,6 +378,10 @@ def _assemble(
     """One variant: its code as the function ``entry``, with its weights added to those of the others."""
     table = [weights.add(*named) for named in compiled.lowered.weights]
     assembled = assemble(compiled.lowered.module, [weight.offset for weight in table], entry)
+    if compiled.records:
+        for function in (key(target), nearest(target)):
+            name = f"{entry}_{function.attrs['global_symbol']}"
+            assembled.module[name] = function.with_attr("global_symbol", name)
     report = tuple(asdict(choice) for choice in compiled.choices)
     metadata = describe(
         compiled.lowered.module,

@@ -22,13 +22,9 @@ from whet.progress import Progress, Silent
 from whet.runtime import Session, load
 from whet.runtime.artifact import open_artifact
 from whet.runtime.audit import NEVER
-from whet.runtime.memo import LEVELS, Keys, Memo
+from whet.runtime.memo import LEVELS, Memo
 from whet.runtime.memo_file import KEYS, Description, MemoError, MemoFile, create, describe
-from whet.runtime.packing import positions_within
 from whet.runtime.text import Text
-
-DIMENSIONS = 64
-"""Of keys."""
 
 BUDGETS = {"strict": 0.2, "default": 1.0, "loose": 4.0}
 """Of each level, in units of the loss that is allowed: of the requests that hit (strict), or of all."""
@@ -166,8 +162,9 @@ def build(
             requests, others = session.requests(corpus), session.requests(held_out[:_MOST])
         description, kept = _plan(session, requests, memory)
         table = _word_embeddings(session)
-        create(unfinished, description, np.stack([_projected(table), np.zeros((len(table), DIMENSIONS), np.float32)]))
-        memo = Memo(unfinished, session.metadata, grow=True)
+        words = _projected(table, description.records.dimensions)
+        create(unfinished, description, np.stack([words, np.zeros_like(words)]))
+        memo = session.open_memo(unfinished, grow=True)
         with progress.phase("run the corpus", len(kept)) as advance:
             for i, tokens in enumerate(kept):
                 with memo.adding(tokens) as room:
@@ -177,9 +174,9 @@ def build(
         with progress.phase("learn a key"):
             pairs = pairs_of(memo.file)
             if len(pairs.scale) >= _PAIRS:
-                _put(fit_vectors(table, pairs, DIMENSIONS), memo.file, session.metadata.max_length)
+                _put(fit_vectors(table, pairs, description.records.dimensions), memo)
                 describe(unfinished, replace(description, keys_of=dict.fromkeys(LEVELS, "learned")))
-                memos["learned"] = Memo(unfinished, session.metadata)
+                memos["learned"] = session.open_memo(unfinished)
         with progress.phase("choose distances and lengths"):
             report = _judge(session, memos, others, max_loss)
         pays = {level: [list(b.lengths) for b in report.buckets if b.gain(level) > 0] for level in LEVELS}
@@ -304,7 +301,6 @@ def _plan(session: Session, requests: Sequence[NDArray[np.int32]], memory: int) 
         name=metadata.name,
         records=metadata.records,
         vocabulary=metadata.vocab_size,
-        dimensions=DIMENSIONS,
         capacity=0,
         size=memory,
         levels=dict.fromkeys(LEVELS, 0.0),
@@ -316,7 +312,7 @@ def _plan(session: Session, requests: Sequence[NDArray[np.int32]], memory: int) 
     often = [by_tokens[key] for key, _ in Counter(tokens.tobytes() for tokens in requests).most_common()]
     sizes = np.array([description.record_size(tokens.shape[1]) for tokens in often])
     # A record's place in the lists of entries and keys; and room to grow by records like these.
-    overhead = 4 * len(KEYS) * DIMENSIONS + 64
+    overhead = 4 * len(KEYS) * metadata.records.dimensions + 64
     room = memory - description.first_record - (1 << 14)
     count = int(np.searchsorted(np.cumsum(sizes + overhead), room, side="right"))
     if not count:
@@ -327,13 +323,12 @@ def _plan(session: Session, requests: Sequence[NDArray[np.int32]], memory: int) 
     return replace(description, capacity=capacity), sorted(often[:count], key=lambda tokens: tokens.shape[1])
 
 
-def _put(vectors: NDArray[np.float32], file: MemoFile, max_length: int) -> None:
-    """Write learned vectors ``(vocabulary, DIMENSIONS)``, and each record's key by them."""
-    kind = KEYS.index("learned")
+def _put(vectors: NDArray[np.float32], memo: Memo) -> None:
+    """Write learned vectors ``(vocabulary, dimensions)``, and each record's key by them."""
+    file, kind = memo.file, KEYS.index("learned")
     file.vectors[kind] = vectors
-    keys = Keys(vectors, max_length)
     for i in range(file.count):
-        file.keys[kind, i] = keys.key(file.tokens(i)[0])
+        file.keys[kind, i] = memo.keys_of(file.tokens(i))[kind]
 
 
 def _word_embeddings(session: Session) -> NDArray[np.float32]:
@@ -348,10 +343,10 @@ def _word_embeddings(session: Session) -> NDArray[np.float32]:
     return table
 
 
-def _projected(table: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Word embeddings on their principal axes, ``(vocabulary, DIMENSIONS)``."""
-    axes = np.linalg.eigh(table.T @ table)[1][:, ::-1][:, :DIMENSIONS]
-    vectors = np.zeros((len(table), DIMENSIONS), np.float32)
+def _projected(table: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
+    """Word embeddings on their principal axes, ``(vocabulary, dimensions)``."""
+    axes = np.linalg.eigh(table.T @ table)[1][:, ::-1][:, :dimensions]
+    vectors = np.zeros((len(table), dimensions), np.float32)
     vectors[:, : axes.shape[1]] = table @ axes
     return vectors
 
@@ -368,7 +363,7 @@ def _run(
 ) -> NDArray[np.float32]:
     ids, types = (np.concatenate([tokens[i] for tokens in requests]) for i in (0, 1))
     lengths = np.array([tokens.shape[1] for tokens in requests])
-    rows = session.run_recorded(ids, lengths, positions_within(lengths), types, records)
+    rows = session.run_recorded(ids, lengths, None, types, records)
     return rows[:, : session.metadata.output.channels]
 
 
@@ -390,7 +385,7 @@ def _nearest(
     session: Session, memo: Memo, requests: Sequence[NDArray[np.int32]], plain: Sequence[NDArray[np.float32]]
 ) -> _Nearest:
     """Find records by the keys of ``memo``; ``plain`` are the answers without."""
-    found = [memo.nearest(tokens, np.inf) for tokens in requests]
+    found = [memo.nearest(tokens) for tokens in requests]
     addresses = np.array([[0 if i is None else memo.file.address(i), 0] for i, _ in found])
     order = np.argsort(addresses[:, 0] != 0, kind="stable")
     answers = _answers(session, [requests[i] for i in order], addresses[order])

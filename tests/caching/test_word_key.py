@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from whet.caching.word_key import Pairs, fit_vectors, pairs_of, variation
-from whet.runtime.memo import Keys
 from whet.runtime.memo_file import Description, MemoFile, create
 from whet.runtime.metadata import Records
 
-RECORDS = Records("0" * 64, 2, 3)
 WORDS, CHANNELS = 60, 12
+RECORDS = Records("0" * 64, 2, 3, CHANNELS)
 COUNTED = np.arange(CHANNELS) < 3
 """Channels of a word's embedding that decide where requests look."""
 
@@ -44,10 +43,11 @@ def file(table, tmp_path_factory):
     """Records of 18 and 20 tokens that resemble one another, and one of another length."""
     path = tmp_path_factory.mktemp("memo") / "a.memo"
     levels = {"default": 1.0}
-    description = Description("m", RECORDS, WORDS, CHANNELS, 200, 4 << 20, levels, {"default": "words"}, {}, {})
+    description = Description("m", RECORDS, WORDS, 200, 4 << 20, levels, {"default": "words"}, {}, {})
     create(path, description, np.stack([table, table]))
     file = MemoFile(path, writable=True)
     rng = np.random.default_rng(2)
+    signs = rng.choice([-1, 1], (20, CHANNELS))
     templates = {n: rng.integers(0, WORDS, n) for n in (18, 20)}
     for n in [18, 20] * 60 + [5]:
         ids = templates.get(n, np.arange(5)).copy()
@@ -56,7 +56,7 @@ def file(table, tmp_path_factory):
         tokens = np.stack([ids, np.zeros_like(ids)]).astype(np.int32)
         laid = record(probabilities(table, ids))
         np.ctypeslib.as_array((ctypes.c_uint8 * len(laid)).from_address(file.room(n)))[:] = laid
-        file.add(tokens, np.stack([Keys(table, 64).key(tokens[0])] * 2))
+        file.add(tokens, np.stack([(table[ids] * signs[: len(ids)]).sum(axis=0) * len(ids) ** -0.5] * 2))
     return file
 
 
@@ -82,7 +82,7 @@ def test_learned_distances_are_those_of_attention_where_words_are_not(file, tabl
 
 
 def test_files_whose_records_have_no_other_of_their_length_give_no_pairs(table, tmp_path):
-    description = Description("m", RECORDS, WORDS, CHANNELS, 9, 1 << 20, {}, {}, {}, {})
+    description = Description("m", RECORDS, WORDS, 9, 1 << 20, {}, {}, {}, {})
     create(tmp_path / "a.memo", description, np.stack([table, table]))
     file = MemoFile(tmp_path / "a.memo", writable=True)
     assert isinstance(pairs_of(file), Pairs) and not len(pairs_of(file).scale)

@@ -197,7 +197,7 @@ def test_another_format_version(tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("document", ["", "{", '{"format": 3}', '"text"'])
+@pytest.mark.parametrize("document", ["", "{", '{"format": 4}', '"text"'])
 def test_corrupt_metadata(tmp_path, monkeypatch, document):
     monkeypatch.setattr("whet.link.to_json", lambda _: document)
     path = tiny_module.write(tmp_path / "m.so")

@@ -13,9 +13,9 @@ import pytest
 from whet.runtime.memo_file import Description, MemoError, MemoFile, create, describe
 from whet.runtime.metadata import Records
 
-RECORDS = Records("0" * 64, 2, 3)
+RECORDS = Records("0" * 64, 2, 3, 8)
 DESCRIPTION = Description(
-    "model", RECORDS, 50, 8, 100, 1 << 20, {"default": 0.1}, {"default": "words"}, {"default": [[1, 64]]}, {}
+    "model", RECORDS, 50, 100, 1 << 20, {"default": 0.1}, {"default": "words"}, {"default": [[1, 64]]}, {}
 )
 
 
@@ -191,7 +191,7 @@ def test_damage_is_refused(filled, tmp_path):
         (80, b"~", "description differs"),
         (56, b"\xff", "list of records"),
         (d.entries + 8, b"\x40", "list of records"),
-        (d.entries + 16, b"\x77", "list of records"),
+        (d.entries + 12, b"\x77", "list of records"),
     ):
         filled.write_bytes(original)
         changed(filled, offset, value)

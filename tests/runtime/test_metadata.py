@@ -44,8 +44,8 @@ def test_unknown_fields_are_ignored():
 
 
 def test_other_format_version():
-    with pytest.raises(ArtifactError, match=r"format 4 .*whet 0.*reads format 3: compile the model again"):
-        from_json(changed(format=4))
+    with pytest.raises(ArtifactError, match=r"format 5 .*whet 0.*reads format 4: compile the model again"):
+        from_json(changed(format=5))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", b"\xff\xfe"])

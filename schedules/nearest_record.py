@@ -20,7 +20,6 @@ from whet.schedules.isa import TILE, Isa, fma, splat
 DIMENSIONS = 64
 """Of the vectors of words and of keys."""
 
-_FARTHEST = 3e38
 _LEAST = 1e-9
 """Distance of requests whose tokens differ, at least: 0 is of the same tokens alone."""
 _VECTORS = DIMENSIONS // TILE
@@ -47,10 +46,10 @@ def key(isa: Isa) -> tirx.PrimFunc:
 
 
 def nearest(isa: Isa) -> tirx.PrimFunc:
-    """Kernel for the nearest records, parallel over requests if there are several.
+    """Kernel for the nearest records, serial: few requests are asked for at once, and each takes microseconds.
 
     Arguments: the first four of ``key``; keys ``(n, DIMENSIONS)`` float32, of records; order ``(m,)`` int64, numbers
-    of records by their lengths; begin ``(lengths + 1,)`` int64, where those of a length begin in it; entries ``(n, 3)``
+    of records by their lengths; begin ``(b,)`` int64, where those of a length begin in it; entries ``(n, 3)``
     int64, of which the first says at which byte a record's tokens are, ids and then types; words ``(w,)`` int32, these
     bytes. Outputs: number ``(r,)`` int64 of the nearest record of the request's length, −1 if there is none; distance
     ``(r,)`` float32, infinite if there is none or its token types are others.
@@ -59,40 +58,34 @@ def nearest(isa: Isa) -> tirx.PrimFunc:
         with T.prim_func(s_tir=True):
             T.func_name("nearest")
             request = _Request(isa)
-            n, m, lengths, w = (named(name, T.int64()) for name in ("n", "m", "lengths", "w"))
+            n, m, b, w = (named(name, T.int64()) for name in "nmbw")
             keys = parameter("keys", (n, DIMENSIONS), "float32")
-            order, begin = parameter("order", (m,), "int64"), parameter("begin", (lengths,), "int64")
+            order, begin = parameter("order", (m,), "int64"), parameter("begin", (b,), "int64")
             entries, words = parameter("entries", (n, 3), "int64"), parameter("words", (w,), "int32")
             number = parameter("number", (request.count,), "int64")
             distance = parameter("distance", (request.count,), "float32")
 
-            def look_up(i: Any) -> None:
-                own = named("own", T.alloc_buffer((DIMENSIONS,), "float32"))
-                length = request.segments[i, 1]
-                best = named("best", T.alloc_buffer((1,), "float32"))
-                T.buffer_store(best, T.float32(_FARTHEST), [0])
-                T.buffer_store(number, T.int64(-1), [i])
-                T.buffer_store(distance, T.infinity("float32"), [i])
-                first, last = (named(name, T.Bind(begin[length + j])) for j, name in enumerate(("first", "last")))
-                with T.If(first < last), T.Then():
-                    request.key(i, own, [])
-                    with T.serial(last - first) as j:
-                        record = T.Bind(order[first + j])
-                        far = T.Bind(_squared_distance(isa, own, [], keys, [record]))
-                        with T.If(far < best[0]), T.Then():
-                            T.buffer_store(best, far, [0])
-                            T.buffer_store(number, record, [i])
-                    tokens = named("at", T.Bind(entries[number[i], 0] // 4))
-                    request.compare(i, words, tokens, distance)
-
             with T.sblock("root"):
                 T.reads()
                 T.writes()
-                with T.If(request.count < 2):
-                    with T.Then(), T.serial(request.count) as i:
-                        look_up(i)
-                    with T.Else(), T.parallel(request.count) as i:
-                        look_up(i)
+                with T.serial(request.count) as i:
+                    T.buffer_store(number, T.int64(-1), [i])
+                    T.buffer_store(distance, T.infinity("float32"), [i])
+                    length = request.segments[i, 1]
+                    first, last = (named(name, T.Bind(begin[length + j])) for j, name in enumerate(("first", "last")))
+                    with T.If(first < last), T.Then():
+                        own = named("own", T.alloc_buffer((DIMENSIONS,), "float32"))
+                        best = named("best", T.alloc_buffer((1,), "float32"))
+                        request.key(i, own, [])
+                        T.buffer_store(best, T.infinity("float32"), [0])
+                        T.buffer_store(number, order[first], [i])  # also where keys are no numbers
+                        with T.serial(last - first) as j:
+                            record = T.Bind(order[first + j])
+                            far = T.Bind(_squared_distance(isa, own, [], keys, [record]))
+                            with T.If(far < best[0]), T.Then():
+                                T.buffer_store(best, far, [0])
+                                T.buffer_store(number, record, [i])
+                        request.compare(i, words, T.Bind(entries[number[i], 0] // 4), distance)
         return builder.get()
 
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -145,10 +145,11 @@ class Engine:
         """
         tokens = _integers("ids", ids, 1)
         sizes = _integers("lengths", lengths, 1).astype(np.int64, copy=False)
-        if sizes.size and sizes.min() < 1:
-            raise ValueError(f"request {np.argmin(sizes)} has length {sizes.min()}; expected at least 1")
-        if sizes.sum() != tokens.size:
-            raise ValueError(f"lengths sum to {sizes.sum()}, there are {tokens.size} ids; expected the same")
+        counts = sizes.tolist()  # of few numbers Python knows the least and the sum sooner than NumPy
+        if counts and min(counts) < 1:
+            raise ValueError(f"request {np.argmin(sizes)} has length {min(counts)}; expected at least 1")
+        if sum(counts) != tokens.size:
+            raise ValueError(f"lengths sum to {sum(counts)}, there are {tokens.size} ids; expected the same")
         places = _like(tokens, "positions", positions)
         types = _like(tokens, "token_types", token_types)
         if places is None:
@@ -178,7 +179,7 @@ class Engine:
         if self.auditor is not None:
             places = positions_within(lengths) if positions is None else positions
             self.auditor.offer(ids, lengths, places, types, rows[:, -2])
-        return np.ascontiguousarray(rows[:, : self.metadata.output.channels])
+        return np.ascontiguousarray(rows[:, : self.metadata.output.channels]) if self.metadata.exits else rows
 
     def traced(
         self, ids: NDArray[Any], lengths: NDArray[np.int64], positions: NDArray[Any] | None, types: NDArray[Any] | None
@@ -188,8 +189,8 @@ class Engine:
         Not audited. Arguments as of ``run_packed``, which have been checked.
         """
         self._check_tokens(ids, types)
-        if lengths.size and lengths.max() > self.metadata.max_length:
-            raise ValueError(self._too_long(f"request {np.argmax(lengths)} has {lengths.max()} tokens"))
+        if (longest := max(lengths.tolist(), default=0)) > self.metadata.max_length:
+            raise ValueError(self._too_long(f"request {np.argmax(lengths)} has {longest} tokens"))
         # Records are of requests whose positions count from 0.
         if self.memo is not None and (positions is None or np.array_equal(positions, positions_within(lengths))):
             found = self.memo.find(ids, types, lengths)
@@ -254,6 +255,8 @@ class Engine:
         They are ``(requests, 2)``, see whet.schedules.attention_memoized: requests without a record to use come first,
         and one whose record is made is alone.
         """
+        if 0 < len(ids) <= self.metadata.max_tokens:
+            return self._call(self._invoke_packed, ids, positions, types, lengths, records)
         per_token = self.metadata.output.per == "token"
         out = np.empty((len(ids) if per_token else len(lengths), self._channels), np.float32)
         start = 0
@@ -264,7 +267,7 @@ class Engine:
                 self._invoke_packed,
                 ids[tokens],
                 None if positions is None else positions[tokens],
-                0 if types is None else types[tokens],
+                None if types is None else types[tokens],
                 lengths[requests],
                 None if records is None else records[requests],
             )
@@ -335,7 +338,7 @@ class Engine:
         self,
         ids: NDArray[Any],
         positions: NDArray[Any] | None,
-        types: NDArray[Any] | Literal[0],
+        types: NDArray[Any] | None,
         lengths: NDArray[np.int64],
         records: NDArray[np.int64] | None,
     ) -> NDArray[np.float32]:

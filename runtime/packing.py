@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -45,7 +45,7 @@ class Packed:
         self,
         ids: NDArray[Any],
         positions: NDArray[Any] | None,
-        token_types: NDArray[Any] | Literal[0],
+        token_types: NDArray[Any] | None,
         lengths: NDArray[np.int64],
         records: NDArray[np.int64] | None = None,
     ) -> None:
@@ -54,7 +54,7 @@ class Packed:
         Args:
             ids: integers ``(tokens,)``.
             positions: integers ``(tokens,)``; 0, 1, 2 … within each request if None.
-            token_types: integers ``(tokens,)``, or 0 for all.
+            token_types: integers ``(tokens,)``; all 0 if None.
             lengths: int64 ``(requests,)``, which sum to ``tokens``.
             records: addresses ``(requests, 2)``; 0 where there are none, or for all if None.
 
@@ -65,10 +65,10 @@ class Packed:
         rows = self._tokens.reshape(3, -1)
         rows[0, :count] = ids
         rows[1, :count] = positions_within(lengths) if positions is None else positions
-        rows[2, :count] = token_types
+        rows[2, :count] = 0 if token_types is None else token_types
         rows[:, count:] = 0
         segments = self._segments.reshape(-1, 2)
-        segments[:requests, 0] = starts(lengths)
+        segments[:requests, 0] = 0 if requests == 1 else starts(lengths)
         segments[:requests, 1] = lengths
         segments[requests:] = 0
         if self._records is not None:

@@ -198,8 +198,7 @@ class Memo:
         self._index = _Index(file, _Code(metadata, library), description.keys_of[level])
         self._within = description.levels[level]
         ranges = description.pays[level]
-        paying = [any(first <= n <= last for first, last in ranges) for n in range(metadata.max_length + 1)]
-        self._pays = np.array(paying, np.bool_)
+        self._pays = [any(first <= n <= last for first, last in ranges) for n in range(metadata.max_length + 1)]
 
     @property
     def file(self) -> MemoFile:
@@ -220,13 +219,13 @@ class Memo:
 
     def find(self, ids: NDArray[Any], types: NDArray[Any] | None, lengths: NDArray[np.int64]) -> Found | None:
         """Records that requests can use; None if none can, unless records are to be added."""
-        pays = self._pays[lengths]
-        wanted = int(np.count_nonzero(pays))
+        pays = [self._pays[n] for n in lengths.tolist()]
+        wanted = sum(pays)
         if not wanted:
             return None
         index = self._current()
         asked = self._ask(ids, types, lengths)
-        if wanted < len(lengths):
+        if wanted < len(pays):
             asked.segments[:, 1] *= pays
         index.search(asked)
         found = np.zeros((len(lengths), 2), np.int64)
@@ -245,7 +244,7 @@ class Memo:
         """Whether a record of so many tokens is of use and fits, at least once others have left."""
         d = self.file.description
         freed = (1 - KEPT) * (d.size - d.first_record)
-        return bool(self._pays[length]) and (d.record_size(length) <= freed or self.file.room(length) is not None)
+        return self._pays[length] and (d.record_size(length) <= freed or self.file.room(length) is not None)
 
     @contextmanager
     def adding(self, tokens: NDArray[np.int32]) -> Iterator[Room]:

@@ -193,8 +193,7 @@ class MemoFile:
             path.unlink(missing_ok=True)
             raise
         new.path = self.path
-        os.close(self._lock)
-        self._lock = None
+        self.release()
         return new
 
     def _count_one(self, fields: tuple[int, ...], keys: NDArray[np.float32]) -> None:
@@ -212,6 +211,12 @@ class MemoFile:
             offset, length, checksum, _ = self.entries[i].tolist()
             if self._checksum(offset, length) != checksum:
                 raise MemoError(f"{self.path}: record {i} differs from its checksum; build the file again")
+
+    def release(self) -> None:
+        """Let others add from now on, this one no more."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def flush(self) -> None:
         """Have everything on the disk."""
@@ -307,7 +312,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _lock(descriptor: int, path: Path) -> int:
-    """Keep a lock until the process ends."""
+    """Keep a lock until the descriptor that is returned is closed, or the process ends."""
     own = os.dup(descriptor)
     try:
         fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)

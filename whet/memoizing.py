@@ -183,6 +183,7 @@ def build(
         judged = replace(description, levels=report.levels, keys_of=report.keys_of, pays=pays, report=asdict(report))
         describe(unfinished, judged)
         memo.file.flush()
+        memo.file.release()
         unfinished.replace(output)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -144,6 +144,19 @@ def test_a_batch_finds_what_its_requests_find_alone(module, memo, texts):
     assert np.count_nonzero(wanted) >= 180
 
 
+def test_only_lengths_that_pay_look_up(module, memo, texts):
+    describe(memo, replace(MemoFile(memo).description, pays={level: [[1, 8], [12, 12]] for level in LEVELS}))
+    session = whet.load(module, threads=1, memo=memo, memo_level="strict")
+    wanted = whet.load(module, threads=1).logits(texts)
+    np.testing.assert_array_equal(session.logits(texts), wanted)
+    pays = [tokens.shape[1] <= 8 or tokens.shape[1] == 12 for tokens in session.requests(texts)]
+    assert session.memo.hits == sum(pays[:180]) and session.memo.misses == sum(pays[180:])
+    before = session.memo.hits, session.memo.misses
+    longer = [text for text, looked in zip(texts, pays, strict=True) if not looked]
+    session.logits(longer)
+    assert (session.memo.hits, session.memo.misses) == before
+
+
 def test_a_damaged_record_does_no_harm(module, memo, texts):
     file = MemoFile(memo)
     damaged = bytearray(memo.read_bytes())

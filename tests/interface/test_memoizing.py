@@ -206,6 +206,14 @@ def test_a_file_that_was_built_anew_is_not_taken_for_the_old_one(memo, module, t
     session.logits(texts)  # it is said once
 
 
+def test_a_file_serves_a_build_for_other_instruction_sets(memo, references, texts, tmp_path):
+    whet.compile(references / "bert-sequence", tmp_path / "b.so", isa=["avx_vnni", "avx2"], memo=True)
+    plain = whet.load(tmp_path / "b.so", threads=1, isa="avx2")
+    session = whet.load(tmp_path / "b.so", threads=1, isa="avx2", memo=memo, memo_level="strict")
+    np.testing.assert_array_equal(session.logits(texts), plain.logits(texts))
+    assert session.memo.hits == 180
+
+
 def test_another_module_s_file_is_refused(module, memo, references, tmp_path):
     whet.compile(references / "bert-sequence", tmp_path / "plain.so", isa="avx2")
     with pytest.raises(MemoError, match="without the use of records"):

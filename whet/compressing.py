@@ -282,6 +282,9 @@ def _cycles(shape: tuple[int, int], block_rows: int, density: float, isa: Isa) -
     return min(dense, max(sparse, density * dense))
 
 
+GENTLE_RATE = 1e-4
+"""Learning rate where little was pruned: a higher one loses more at first than a short training brings back."""
+
 PLACES = {
     "data": ("data", "train"),
     "development": ("data", "development"),
@@ -306,7 +309,8 @@ def make_recipe(
         fields: ``table.field=value`` each, with the value as in TOML (quotes may be left out).
 
     Without ``base``, the teacher is by default the model itself where it has a head for the task, the labels count
-    where there are any, and methods that choose blocks by size or gradient do so in 20 updates.
+    where there are any, methods that choose blocks by size or gradient do so in 20 updates, and the learning rate
+    is ``GENTLE_RATE`` after ``reconstruct`` took at most half of the blocks.
 
     Raises:
         ValueError: a field is unknown, missing or wrong.
@@ -348,6 +352,8 @@ def _defaults(table: dict[str, Any]) -> None:
         distillation.setdefault("labels", 1.0)
     if pruning.get("method") in ("magnitude", "movement", "snip_momentum"):
         pruning.setdefault("updates", 20)
+    if pruning.get("method", Pruning.method) == "reconstruct" and 0 < pruning.get("sparsity", Pruning.sparsity) <= 0.5:
+        table.setdefault("training", {}).setdefault("learning_rate", GENTLE_RATE)
     if "teacher" not in table:
         table["teacher"] = table["model"] if has_head(table["model"], table["task"]) else ""
 

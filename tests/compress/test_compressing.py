@@ -13,8 +13,8 @@ import transformers  # noqa: E402
 from tiny_encoders import make_model, make_sentence_encoder, sentences  # noqa: E402
 
 from whet import cli, compressing  # noqa: E402
-from whet.compress.recipe import Recipe  # noqa: E402
-from whet.compressing import CompressionReport, Measured, make_recipe, plan  # noqa: E402
+from whet.compress.recipe import Recipe, Training  # noqa: E402
+from whet.compressing import GENTLE_RATE, CompressionReport, Measured, make_recipe, plan  # noqa: E402
 from whet.schedules.isa import ISAS  # noqa: E402
 
 
@@ -94,6 +94,21 @@ def test_options_and_fields_make_a_recipe(tmp_path):
     changed = make_recipe(file, {"sparsity": 0.5, "teacher": ""}, ["pruning.updates=3"])
     assert changed.pruning.sparsity == 0.5 and changed.pruning.updates == 3 and changed.teacher == ""
     assert changed.data == recipe.data
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({"sparsity": 0.5}, GENTLE_RATE),
+        ({}, Training().learning_rate),
+        ({"sparsity": 0.0}, Training().learning_rate),
+        ({"sparsity": 0.5, "method": "magnitude"}, Training().learning_rate),
+    ],
+)
+def test_the_learning_rate_is_low_where_little_was_pruned(tmp_path, options, rate):
+    given = {"model": str(make_sentence_encoder(tmp_path / "m")), "task": "embedding", "data": ["a.txt"], **options}
+    assert make_recipe(None, given).training.learning_rate == rate
+    assert make_recipe(None, given, ["training.learning_rate=0.002"]).training.learning_rate == 0.002
 
 
 def test_a_plan_is_as_fast_and_says_so_layer_by_layer(tmp_path, texts):

@@ -6,17 +6,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import zipfile
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from whet.caching.cache import ARRAYS, Cache
+from whet.runtime.archive import DAMAGE, read_archive, write_archive
 
 FORMAT = 5
 _KIND = "whet freeze"
@@ -69,26 +65,16 @@ def save(freeze: Freeze, path: str | PathLike[str]) -> None:
         for i, cache in enumerate(freeze.caches)
         for name, array in zip(ARRAYS[cache.kind], cache.arrays, strict=True)
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_archive(path, header, arrays)
 
 
 def load(path: str | PathLike[str]) -> Freeze:
     """Read a file. Raises FreezeError where it is damaged or of another kind or version, and FileNotFoundError."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            header = json.loads(archive["header"].tobytes())
-            arrays = {name: archive[name] for name in archive.files}
+        header, arrays = read_archive(Path(path))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise FreezeError(
             f"{path} is damaged or no freeze file ({type(error).__name__}: {error}); fit it again: whet freeze fit"
         ) from error

@@ -17,12 +17,10 @@ Their token ids are kept, too, so that caches can be fitted again on what the mo
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
 import threading
-import zipfile
 from pathlib import Path
 from queue import Full, Queue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from whet.runtime.archive import DAMAGE, read_archive, write_archive
 from whet.runtime.change import ChangeDetector
 from whet.runtime.metadata import ArtifactError
 
@@ -269,22 +268,9 @@ class Auditor:
         changed = None if self._change is None else self._evidence
         header = {"kind": _KIND, "format": _FORMAT, "module": self._digest.hex()}
         header |= {"since_change": changed, "alarmed": self.alarmed}
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            with partial.open("wb") as file:
-                np.savez(
-                    file,
-                    header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-                    trust=trust,
-                    loss=loss,
-                    lengths=np.array([len(request.ids) for request in requests], np.int64),
-                    tokens=np.concatenate([np.zeros((3, 0), np.int32), *map(_tokens_of, requests)], axis=1),
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        lengths = np.array([len(request.ids) for request in requests], np.int64)
+        tokens = np.concatenate([np.zeros((3, 0), np.int32), *map(_tokens_of, requests)], axis=1)
+        write_archive(self.path, header, {"trust": trust, "loss": loss, "lengths": lengths, "tokens": tokens})
 
     def _load(self) -> None:
         header, trust, loss, requests = _read(self.path)
@@ -310,13 +296,11 @@ def audited_requests(path: str | os.PathLike[str]) -> list[Request]:
 def _read(path: Path) -> tuple[dict[str, Any], NDArray[np.float64], NDArray[np.float64], list[Request]]:
     """The header, trust and loss ``(requests, caches)``, and the requests."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            header = json.loads(archive["header"].tobytes())
-            kind = header["kind"], header["format"]
-            parts = {name: archive[name] for name in archive.files if name != "header"}
+        header, parts = read_archive(path)
+        kind = header["kind"], header["format"]
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise ArtifactError(
             f"{path} is damaged or keeps no audits ({type(error).__name__}: {error}); delete it to start anew"
         ) from error

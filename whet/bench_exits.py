@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -25,10 +25,10 @@ from whet.progress import Progress, Silent
 from whet.runtime import Session, load
 from whet.runtime.cpu import cpu_model
 from whet.runtime.spans import softmax
+from whet.timing import least_times
 
 TIMED = 500
 """Requests that are timed, where the caller has no wishes."""
-REPEATS = 5
 CONFIDENT = (0.5, 0.9)
 """Probabilities of the best class from which an application may act on it."""
 _BATCH = 256
@@ -175,13 +175,7 @@ def _check(frozen: Session, other: Session) -> None:
 
 
 def _times(sessions: Sequence[Session], text: Text) -> list[float]:
-    best = [float("inf")] * len(sessions)
-    for _ in range(REPEATS):
-        for i, session in enumerate(sessions):
-            start = time.thread_time()
-            session.logits([text])
-            best[i] = min(best[i], 1e6 * (time.thread_time() - start))
-    return best
+    return [1e6 * seconds for seconds in least_times([partial(session.logits, [text]) for session in sessions])]
 
 
 def _latency(times: NDArray[np.float64]) -> Latency:

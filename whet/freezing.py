@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -30,6 +30,7 @@ from whet.progress import Progress, Silent
 from whet.runtime import Session
 from whet.runtime import load as load_module
 from whet.runtime.audit import Request, audited_requests, expected_loss
+from whet.timing import least_times
 
 Kind: TypeAlias = Literal["learned", "knn"]
 
@@ -38,7 +39,7 @@ HELD_OUT = 5
 
 _LEAST = 100
 """Requests, to fit on and to choose on."""
-_TIMED, _REPEATS = 64, 5
+_TIMED = 64
 """Requests whose time is taken, one by one, and runs of each, of which the fastest counts."""
 _THINNED = 2
 """Copies of each request that learned caches are fitted to, each with some of its tokens left out. Of requests that it
@@ -382,12 +383,7 @@ def _costs(plain: Session, asked: Session, texts: Sequence[Text], layers: int) -
     for text in texts:
         for (session, first), taken in zip(cases, times, strict=True):
             set_thresholds(first)
-            best = float("inf")
-            for _ in range(_REPEATS):
-                start = time.thread_time()
-                session.logits([text])
-                best = min(best, time.thread_time() - start)
-            taken.append(best)
+            taken += least_times([partial(session.logits, [text])])
     without, never, at_once = 1e6 * np.array(times)
     cache = max(0.0, float(np.median(never - without)) / layers)
     fixed = max(0.0, float(np.median(at_once)) - cache)

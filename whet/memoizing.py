@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from whet.runtime.audit import NEVER
 from whet.runtime.memo import LEVELS, Memo
 from whet.runtime.memo_file import KEYS, Description, MemoError, MemoFile, create, describe
 from whet.runtime.text import Text
+from whet.timing import least_times
 
 BUDGETS = {"strict": 0.2, "default": 1.0, "loose": 4.0}
 """Of each level, in units of the loss that is allowed: of the requests that hit (strict), or of all."""
@@ -37,7 +37,7 @@ _LEAST = 100
 _MOST = 3000
 _BUCKETS = (16, 32, 64, 128, 256, 512)
 """Lengths up to which requests are judged together."""
-_TIMED, _REPEATS = 24, 5
+_TIMED = 24
 
 
 @dataclass(frozen=True)
@@ -267,11 +267,11 @@ def measure(
                 answers[name].append(_one(session, given))
             hit, missed = with_memo.memo.hits - before[0], with_memo.memo.misses - before[1]
             hits, looked_up = hits + hit, looked_up + hit + missed
-            best = _best([partial(_one, session, given) for session in (plain, with_memo)])
+            best = least_times([partial(_one, session, given) for session in (plain, with_memo)])
             for name, seconds in zip(times, best, strict=True):
                 times[name].append(seconds * 1e3)
             if hit + missed:
-                spent.append(_best([partial(with_memo.memo.find, *given)])[0] * 1e6)
+                spent.append(least_times([partial(with_memo.memo.find, *given)])[0] * 1e6)
             advance(i + 1)
     lost = losses(plain.metadata, answers["plain"], answers["memo"])
     statistics: list[Callable[[list[float]], Any]] = [np.mean, np.median, lambda t: np.percentile(t, 95)]
@@ -468,15 +468,4 @@ def _times(session: Session, memo: Memo, tokens: NDArray[np.int32], records: NDA
         lambda: _run(session, [tokens], records),
         lambda: memo.find(ids, types, length),
     ]
-    return tuple(_best(steps))
-
-
-def _best(steps: Sequence[Callable[[], Any]]) -> list[float]:
-    """Least CPU time of each of some runs, which take turns: others on the core do not count."""
-    times: list[list[float]] = [[] for _ in steps]
-    for _ in range(_REPEATS):
-        for step, taken in zip(steps, times, strict=True):
-            start = time.thread_time()
-            step()
-            taken.append(time.thread_time() - start)
-    return [min(taken) for taken in times]
+    return tuple(least_times(steps))

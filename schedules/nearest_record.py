@@ -15,14 +15,13 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from whet.schedules.gemm import named, parameter
-from whet.schedules.isa import TILE, Isa, fma, splat
+from whet.schedules.isa import Isa, fma, splat
 
 DIMENSIONS = 64
 """Of the vectors of words and of keys."""
 
 _LEAST = 1e-9
 """Distance of requests whose tokens differ, at least: 0 is of the same tokens alone."""
-_VECTORS = DIMENSIONS // TILE
 
 
 def key(isa: Isa) -> tirx.PrimFunc:
@@ -104,7 +103,7 @@ class _Request:
     def key(self, i: Any, out: Any, at: list[Any]) -> None:
         """Write the key of request ``i`` to the row ``at`` of a buffer."""
         start, length = self.segments[i, 0], self.segments[i, 1]
-        columns = list(_columns(self.isa))
+        columns = _columns(self.isa)
         sums = [self.isa.register("float32") for _ in columns]
         for total in sums:
             T.buffer_store(total, splat(0.0, self.isa.lanes), [0])

@@ -375,7 +375,10 @@ def _requests(model: Model, texts: Sequence[Text] | None, limit: int) -> tuple[R
 def _assemble(
     compiled: Compiled, target: Isa, entry: str, weights: Blob, describe: Callable[..., Metadata]
 ) -> tuple[tvm.IRModule, Metadata]:
-    """One variant: its code as the function ``entry``, with its weights added to those of the others."""
+    """One variant: its code as the function ``entry``, with its weights added to those of the others.
+
+    With records, two more functions find them.
+    """
     table = [weights.add(*named) for named in compiled.lowered.weights]
     assembled = assemble(compiled.lowered.module, [weight.offset for weight in table], entry)
     if compiled.records:

@@ -70,11 +70,11 @@ class _Asked:
 class _Code:
     """The functions of a module that look up, and what they take besides a file."""
 
-    def __init__(self, metadata: Metadata, library: Any) -> None:
+    def __init__(self, metadata: Metadata, library: Any, dimensions: int) -> None:
         self.key = library[f"{metadata.entry}_key"]
         self.nearest = library[f"{metadata.entry}_nearest"]
         self.max_length = metadata.max_length
-        self.dimensions = metadata.records.dimensions if metadata.records else 0
+        self.dimensions = dimensions
         bits = hashlib.shake_256(b"whet").digest(-(-self.max_length * self.dimensions // 8))
         signs = np.unpackbits(np.frombuffer(bits, np.uint8))[: self.max_length * self.dimensions]
         self.signs = _own(signs.reshape(self.max_length, self.dimensions).astype(np.int8) * 2 - 1)
@@ -195,7 +195,7 @@ class Memo:
                 f"{path} was built for another model, or another build of it ({description.name}); build one for this "
                 "module: whet memo build"
             )
-        self._index = _Index(file, _Code(metadata, library), description.keys_of[level])
+        self._index = _Index(file, _Code(metadata, library, description.records.dimensions), description.keys_of[level])
         self._within = description.levels[level]
         ranges = description.pays[level]
         self._pays = [any(first <= n <= last for first, last in ranges) for n in range(metadata.max_length + 1)]

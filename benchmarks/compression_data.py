@@ -24,6 +24,8 @@ WORDS = (5, 40)
 """Sentences of running text are kept if they have so many words."""
 QUESTIONS, SENTENCES = 20_000, 12_000
 """Quora's and WikiText-2's share of the texts near STS-B."""
+REVIEWS = 40_000, 6
+"""Texts to distil a classifier of reviews from, and the words that each has at least."""
 HELD_OUT = 5
 """One in so many articles of SQuAD is tested on; one in so many training rows of Banking77 is held out."""
 
@@ -42,13 +44,16 @@ def main() -> None:
 def embedding_texts(data: Path, out: Path) -> None:
     """Sentences of WikiText-2, Quora's questions, MRPC and STS-B's training set, without any of STS-B's other sets.
 
-    ``texts.txt`` has all of them; ``near.txt`` fewer of the first two, so that a third are of STS-B's kinds.
+    ``texts.txt`` has all of them; ``near.txt`` fewer of the first two, so that a third are of STS-B's kinds;
+    ``lower.txt`` some as SST-2 writes its own, in lower case.
     """
     scored = {text for name in ("dev", "test") for text in stsb(data / f"stsb/sts-{name}.csv")}
     near = {*stsb(data / "stsb/sts-train.csv"), *mrpc(data / "mrpc/msr_paraphrase_train.txt")}
     far = set(quora(data / "qqp/pairs.json.tar.gz")), set(wikitext(data / "wikitext2/train.raw.gz"))
     found = {text for texts in (near, *far) for text in texts if text and "\n" not in text} - scored
     shuffled = write_texts(out / "texts.txt", found)
+    long = [text.lower() for text in shuffled if REVIEWS[1] <= len(text.split()) <= WORDS[1]]
+    write_texts(out / "lower.txt", set(long[: REVIEWS[0]]))
     questions, sentences = (
         [text for text in shuffled if text in texts][:count]
         for texts, count in ((far[0] - near, QUESTIONS), (far[1] - near - far[0], SENTENCES))
@@ -138,15 +143,21 @@ def squad(data: Path, out: Path) -> None:
     test = articles[::HELD_OUT] + [article for article in others if article["title"] not in known]
     train = [article for i, article in enumerate(articles) if i % HELD_OUT]
     for name, part in (("train", train), ("test", test)):
-        answerable = [answered(article) for article in part]
-        (out / f"squad-{name}.json").write_text(json.dumps({"data": answerable}), encoding="utf-8")
-        count = sum(len(paragraph["qas"]) for article in answerable for paragraph in article["paragraphs"])
-        print(f"squad-{name}.json: {len(part)} articles, {count} questions")
+        write_squad(out / f"squad-{name}.json", part, answered=True)
+    write_squad(out / "squad-unanswered.json", train, answered=False)
 
 
-def answered(article: dict[str, Any]) -> dict[str, Any]:
-    """The article with those questions alone that it answers."""
-    paragraphs = [{**p, "qas": [q for q in p["qas"] if q["answers"]]} for p in article["paragraphs"]]
+def write_squad(path: Path, articles: list[dict[str, Any]], answered: bool) -> None:
+    """The articles with those questions alone that they answer, or do not."""
+    kept = [with_questions(article, answered) for article in articles]
+    path.write_text(json.dumps({"data": kept}), encoding="utf-8")
+    count = sum(len(paragraph["qas"]) for article in kept for paragraph in article["paragraphs"])
+    print(f"{path.name}: {len(articles)} articles, {count} questions")
+
+
+def with_questions(article: dict[str, Any], answered: bool) -> dict[str, Any]:
+    """The article with one of the two kinds of its questions."""
+    paragraphs = [{**p, "qas": [q for q in p["qas"] if bool(q["answers"]) == answered]} for p in article["paragraphs"]]
     return {**article, "paragraphs": [p for p in paragraphs if p["qas"]]}
 
 

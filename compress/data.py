@@ -11,8 +11,9 @@ import gzip
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -69,10 +70,35 @@ def read_examples(
     """
     if not paths:
         raise ValueError("no data is given; name at least one file")
-    for meaning in columns or {}:
+    examples = _read_files(paths, format, columns or {}, partial(_read, task=task))
+    return examples[:limit] if limit else examples
+
+
+def read_unlabelled(paths: Sequence[str], pairs: bool, columns: dict[str, str] | None = None) -> list[Text]:
+    """Read texts, or ``pairs`` of texts: of SQuAD JSON all questions with their contexts.
+
+    Labels and answers are not looked at. Raises as ``read_examples`` does, and ValueError for a single text where
+    ``pairs`` are expected, or the other way round.
+    """
+    texts = _read_files(paths, "", columns or {}, _read_texts)
+    for text in texts:
+        if isinstance(text, tuple) != pairs:
+            expected = "pairs, text_a and text_b (a question and its context)" if pairs else "single texts"
+            raise ValueError(f"{', '.join(paths)} has {text!r}; expected {expected}, like the labelled data")
+    return texts
+
+
+def _read_files(
+    paths: Sequence[str],
+    format: str,
+    columns: dict[str, str],
+    read: Callable[[Path, str, dict[str, str]], Iterator[T]],
+) -> list[T]:
+    """What ``read`` finds in all files, each opened as its format."""
+    for meaning in columns:
         if meaning not in COLUMNS:
             raise ValueError(f"columns names {meaning!r}; expected some of {', '.join(COLUMNS)}")
-    examples: list[Example] = []
+    rows: list[T] = []
     for name in paths:
         path = Path(name)
         if not path.is_file():
@@ -81,26 +107,33 @@ def read_examples(
         if kind not in FORMATS:
             raise ValueError(f"the format of {path} is {kind!r}; expected one of {', '.join(FORMATS)}")
         try:
-            found = list(_read(path, kind, task, columns or {}))
+            found = list(read(path, kind, columns))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
         if not found:
             raise ValueError(f"{path} holds no rows in the format {kind}")
-        examples += found
-    return examples[:limit] if limit else examples
+        rows += found
+    return rows
 
 
 def examples_of(recipe: Recipe) -> tuple[list[Example], list[Example]]:
-    """Read the training and the development examples of a recipe; ValueError where they can't be used."""
+    """Read the training and the development examples of a recipe; ValueError where they can't be used.
+
+    The training examples end with those without labels, which are never held out.
+    """
     data = recipe.data
     training = read_examples(data.train, recipe.task, data.format, data.columns, data.limit)
     if recipe.task == "sequence_classification":
         training = [e for e in training if isinstance(e, LabelledText)]
     check_examples(training, recipe.task, ", ".join(data.train))
+    pairs = any(isinstance(e, Span) or (isinstance(e, LabelledText) and isinstance(e.text, tuple)) for e in training)
+    unlabelled = read_unlabelled(data.unlabelled, pairs, data.columns)
     if data.development:
-        return training, read_examples(data.development, recipe.task, data.development_format, data.columns)
-    training, development = hold_out(training, HELD_OUT, recipe.seed)
-    return training, development[:MOST_SCORED]
+        development = read_examples(data.development, recipe.task, data.development_format, data.columns)
+    else:
+        training, development = hold_out(training, HELD_OUT, recipe.seed)
+        development = development[:MOST_SCORED]
+    return [*training, *unlabelled], development
 
 
 def check_examples(examples: Sequence[Example], task: Task, source: str) -> None:
@@ -159,11 +192,22 @@ def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list
     return [e for e in examples if id(e) not in development], [e for e in examples if id(e) in development]
 
 
-def _read(path: Path, kind: str, task: Task, columns: dict[str, str]) -> Iterator[Example]:
+def _read_texts(path: Path, kind: str, columns: dict[str, str]) -> Iterator[Text]:
+    if kind == "squad":
+        yield from _read_squad(path, lambda _, context, qa: (str(qa["question"]), context))
+        return
+    for e in _read(path, kind, columns, "embedding"):
+        if isinstance(e, ScoredPair):
+            yield e.first, e.second
+        elif isinstance(e, str):
+            yield e
+
+
+def _read(path: Path, kind: str, columns: dict[str, str], task: Task) -> Iterator[Example]:
     if task == "question_answering":
         if kind != "squad":
             raise ValueError(f"{path} is {kind}; question_answering needs SQuAD JSON")
-        yield from _read_spans(path)
+        yield from _read_squad(path, partial(_span, path))
     elif kind == "texts":
         if task != "embedding":
             raise ValueError(f"{path} holds plain texts; {task} needs labels")
@@ -246,22 +290,29 @@ def _records(path: Path, kind: str) -> Iterator[tuple[dict[str, Any], str]]:
             raise ValueError(f"{path}:{reader.line_num}: {error}") from error
 
 
-def _read_spans(path: Path) -> Iterator[Span]:
-    """Questions of SQuAD JSON with their first answer's place; those without an answer are left out."""
+def _read_squad(path: Path, make: Callable[[dict[str, Any], str, dict[str, Any]], T | None]) -> Iterator[T]:
+    """What ``make`` makes of each article, context and question of SQuAD JSON."""
     try:
         for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
             for paragraph in article["paragraphs"]:
                 for qa in paragraph["qas"]:
-                    if qa["answers"] and not qa.get("is_impossible", False):
-                        answer, context = qa["answers"][0], paragraph["context"]
-                        start = int(answer["answer_start"])
-                        end = start + len(answer["text"])
-                        if context[start:end] != answer["text"]:
-                            raise ValueError(f"{path}: the answer of question {qa['id']} does not stand at {start}")
-                        title = str(article.get("title", "")) or context
-                        yield Span(qa["question"], context, start, end, title)
+                    made = make(article, paragraph["context"], qa)
+                    if made is not None:
+                        yield made
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not SQuAD JSON ({type(error).__name__}: {error})") from error
+
+
+def _span(path: Path, article: dict[str, Any], context: str, qa: dict[str, Any]) -> Span | None:
+    """A question with its first answer's place; None where it has no answer."""
+    if not qa["answers"] or qa.get("is_impossible", False):
+        return None
+    answer = qa["answers"][0]
+    start = int(answer["answer_start"])
+    end = start + len(answer["text"])
+    if context[start:end] != answer["text"]:
+        raise ValueError(f"{path}: the answer of question {qa['id']} does not stand at {start}")
+    return Span(qa["question"], context, start, end, str(article.get("title", "")) or context)
 
 
 def _open(path: Path) -> Any:

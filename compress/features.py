@@ -17,7 +17,7 @@ from .models import Encoder
 Batch: TypeAlias = "dict[str, Tensor]"
 
 IGNORED = -100
-"""Target of tokens that have none; torch's cross entropy leaves it out."""
+"""Target of tokens and texts that have none; torch's cross entropy leaves it out."""
 STRIDE = 128
 """Tokens that the windows of a long context share."""
 WINDOW = 32
@@ -41,22 +41,27 @@ def make_features(encoder: Encoder, examples: Sequence[Example], max_length: int
     tokenizer = encoder.tokenizer
     length = min(max_length, encoder.positions)
     if encoder.task == "question_answering":
-        return _windows(tokenizer, [e for e in examples if isinstance(e, Span)], length)
+        return _windows(tokenizer, [e for e in examples if isinstance(e, Span | tuple)], length)
     tokenizer.enable_truncation(length)
     try:
         match encoder.task:
             case "embedding":
                 return [Feature(e.ids, e.type_ids) for e in tokenizer.encode_batch(texts_of(examples))]
             case "sequence_classification":
-                rows = [e for e in examples if isinstance(e, LabelledText)]
+                rows = [e for e in examples if isinstance(e, LabelledText | str | tuple)]
                 numbers = {label: i for i, label in enumerate(encoder.labels)}
-                encodings = tokenizer.encode_batch([e.text for e in rows])
+                encodings = tokenizer.encode_batch([e.text if isinstance(e, LabelledText) else e for e in rows])
                 return [
-                    Feature(e.ids, e.type_ids, _number(numbers, row.label))
+                    Feature(
+                        e.ids, e.type_ids, _number(numbers, row.label) if isinstance(row, LabelledText) else IGNORED
+                    )
                     for e, row in zip(encodings, rows, strict=True)
                 ]
             case _:
-                return _tagged(encoder, [e for e in examples if isinstance(e, TaggedWords)])
+                unlabelled = tokenizer.encode_batch([e for e in examples if isinstance(e, str)])
+                return _tagged(encoder, [e for e in examples if isinstance(e, TaggedWords)]) + [
+                    Feature(e.ids, e.type_ids, [IGNORED] * len(e.ids)) for e in unlabelled
+                ]
     finally:
         tokenizer.no_truncation()
 
@@ -82,19 +87,23 @@ def _tagged(encoder: Encoder, rows: Sequence[TaggedWords]) -> list[Feature]:
     return features
 
 
-def _windows(tokenizer: Any, rows: Sequence[Span], length: int) -> list[Feature]:
-    """Windows of contexts that hold the whole answer (Devlin et al. 2019, section 4.2)."""
+def _windows(tokenizer: Any, rows: Sequence[Span | tuple[str, str]], length: int) -> list[Feature]:
+    """Windows of contexts that hold the whole answer (Devlin et al. 2019, section 4.2); without an answer, all."""
     features = []
     for row in rows:
-        question = len(tokenizer.encode(row.question).ids)
+        texts = (row.question, row.context) if isinstance(row, Span) else row
+        question = len(tokenizer.encode(texts[0]).ids)
         if question + 16 > length:
             raise ValueError(f"a question has {question} tokens, of {length} that max_length leaves; raise it")
         stride = min(STRIDE, (length - question) // 2)
         tokenizer.enable_truncation(length, stride=stride, strategy="only_second")
-        whole = tokenizer.encode(row.question, row.context)
+        whole = tokenizer.encode(*texts)
         tokenizer.no_truncation()
         for window in (whole, *whole.overflowing):
             inside = [i for i, s in enumerate(window.sequence_ids) if s == 1]
+            if not isinstance(row, Span):
+                features.append(Feature(window.ids, window.type_ids, (IGNORED, IGNORED), inside[0]))
+                continue
             first = [i for i in inside if window.offsets[i][0] <= row.start < window.offsets[i][1]]
             last = [i for i in inside if window.offsets[i][0] < row.end <= window.offsets[i][1]]
             if first and last:

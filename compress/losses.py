@@ -71,13 +71,18 @@ def distance(
 
 
 def label_loss(output: Tensor, batch: Batch, task: str) -> Tensor:
-    """Cross entropy with the targets: of a class, of a class per token, or of an answer's first and last token."""
+    """Cross entropy with the targets: of a class, of a class per token, or of an answer's first and last token.
+
+    It is the mean of the targets there are, times the share of the requests that have any.
+    """
     target = batch["target"]
+    known = target.flatten(1) != IGNORED if target.dim() > 1 else target[:, None] != IGNORED
     if task == "question_answering":
         output = output.masked_fill(~batch["attention_mask"].bool()[..., None], -1e4).transpose(1, 2)
     if task != "sequence_classification":
         output, target = output.flatten(0, 1), target.flatten()
-    return F.cross_entropy(output, target, ignore_index=IGNORED)
+    total = F.cross_entropy(output, target, ignore_index=IGNORED, reduction="sum")
+    return total / known.sum().clamp(min=1) * known.any(dim=1).float().mean()
 
 
 def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:

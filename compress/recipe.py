@@ -29,6 +29,8 @@ class Data:
     """Where the texts come from."""
 
     train: tuple[str, ...] = ()
+    unlabelled: tuple[str, ...] = ()
+    """More to distil from, by the teacher's answers alone."""
     development: tuple[str, ...] = ()
     """Scored while training; without any, a share of the training data is held out."""
     format: str = ""
@@ -149,6 +151,12 @@ class Recipe:
             raise ValueError("there is neither a teacher nor a weight for labels to train with; give one of them")
         if t.steps and not any(value for name, value in weights.items() if self.teacher or name == "labels"):
             raise ValueError("every weight of distillation is 0; give at least one")
+        if self.data.unlabelled and self.task == "embedding":
+            raise ValueError("data.unlabelled is given, but embeddings need no labels; name all texts in data.train")
+        if self.data.unlabelled and t.steps and not (self.teacher and (d.outputs or d.states or d.relations)):
+            raise ValueError(
+                "data.unlabelled is given, but no teacher, or no weight of distillation, to learn its answers with"
+            )
         if self.task == "embedding" and d.labels:
             raise ValueError(
                 "distillation.labels is given, but embeddings are distilled from texts without labels; use 0"

@@ -33,6 +33,7 @@ _RECIPE = (
     "task",
     "teacher",
     "data",
+    "unlabelled",
     "development",
     "format",
     "sparsity",
@@ -679,6 +680,9 @@ def _add_compress(sub: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         help="training data: .txt (a text per line), .csv, .tsv, .jsonl, SQuAD .json; several times for several files",
+    )
+    sub.add_argument(
+        "--unlabelled", metavar="FILE", action="append", help="more to distil from, by the teacher's answers alone"
     )
     sub.add_argument("--format", metavar="FORMAT", help="of --data, where the ending does not tell: also stsb, sst2")
     sub.add_argument("--development", metavar="FILE", action="append", help="scored while training; default: held out")

@@ -287,6 +287,7 @@ GENTLE_RATE = 1e-4
 
 PLACES = {
     "data": ("data", "train"),
+    "unlabelled": ("data", "unlabelled"),
     "development": ("data", "development"),
     "format": ("data", "format"),
     "sparsity": ("pruning", "sparsity"),

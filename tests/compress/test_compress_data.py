@@ -9,10 +9,13 @@ from whet.compress.data import (
     TaggedWords,
     all_labels,
     check_examples,
+    examples_of,
     hold_out,
     read_examples,
+    read_unlabelled,
     texts_of,
 )
+from whet.compress.recipe import Data, Recipe
 from whet.datasets import LabelledText, ScoredPair
 
 
@@ -83,6 +86,33 @@ def test_questions_are_split_by_article(tmp_path):
         hold_out(rows[:2], 0.25, seed=1)
     with pytest.raises(ValueError, match="does not stand at 5"):
         read_examples([squad(tmp_path, start=5)], "question_answering")
+
+
+def test_texts_without_labels(tmp_path):
+    texts = write(tmp_path / "a.txt", "one\ntwo\n")
+    pairs = write(tmp_path / "a.csv", "question,passage,score\nwho?,the cook,\nwhat?,bread,9\n")
+    labelled = write(tmp_path / "b.csv", "text,label\nthree,\n")
+    assert read_unlabelled([texts, labelled], pairs=False) == ["one", "two", "three"]
+    columns = {"text_a": "question", "text_b": "passage"}
+    assert read_unlabelled([pairs], True, columns) == [("who?", "the cook"), ("what?", "bread")]
+    assert read_unlabelled([squad(tmp_path, articles=1)], pairs=True) == [
+        (question, "The cook ate bread.") for question in ("Who?", "None?", "Who?", "None?")
+    ]
+    assert read_unlabelled([], pairs=True) == []
+    with pytest.raises(ValueError, match=r"a\.txt has 'one'; expected pairs"):
+        read_unlabelled([texts], pairs=True)
+    with pytest.raises(ValueError, match="expected single texts, like the labelled data"):
+        read_unlabelled([pairs], False, columns)
+
+
+def test_texts_without_labels_are_trained_on_and_never_held_out(tmp_path):
+    rows = "".join(f"text {i},{i % 2}\n" for i in range(20))
+    train = write(tmp_path / "a.csv", "text,label\n" + rows)
+    data = Data(train=(train,), unlabelled=(write(tmp_path / "b.txt", "one\ntwo\n"),))
+    recipe = Recipe(model="m", task="sequence_classification", teacher="m", data=data)
+    training, development = examples_of(recipe)
+    assert training[-2:] == ["one", "two"] and len(training) == 21 and len(development) == 1
+    assert all_labels(training) == ("0", "1")
 
 
 def test_a_split_is_seeded_and_whole():

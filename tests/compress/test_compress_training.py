@@ -84,6 +84,19 @@ def test_a_classifier_is_fine_tuned_then_pruned_and_distilled(tmp_path, topics):
     assert set(config["id2label"].values()) == {"food", "music", "sport"}
 
 
+def test_a_teacher_teaches_what_has_no_labels(tmp_path, topics, texts):
+    teacher, few = tmp_path / "teacher", tmp_path / "few.csv"
+    go(classifier(topics, make_sentence_encoder(tmp_path / "m")), teacher)
+    few.write_text("".join(topics.read_text(encoding="utf-8").splitlines(keepends=True)[:13]), encoding="utf-8")
+    recipe = classifier(topics, tmp_path / "m", teacher=str(teacher))
+    alone = Data(train=(str(few),), development=(str(topics),))
+    helped = replace(alone, unlabelled=(str(texts),))
+    first, second = (
+        go(replace(recipe, data=data), tmp_path / name).score for name, data in (("alone", alone), ("helped", helped))
+    )
+    assert second > first + 0.05, "few.csv has 12 rows"
+
+
 @pytest.mark.parametrize("method", ["magnitude", "movement", "snip_momentum", "reconstruct"])
 def test_sparsity_grows_to_what_was_asked_for(tmp_path, texts, method):
     folder = make_sentence_encoder(tmp_path / "m")
@@ -226,6 +239,19 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path, topics):
         go(classifier(topics, model, teacher=str(other)), tmp_path / "out2")
 
 
+def distilled_from_more(recipe, model, rows):
+    """A student of ``model``, one in two of whose batches has no labels at all, is as good."""
+    more = model.with_name("more.tsv" if "\t" in rows[0] else "more.txt")
+    more.write_text("\n".join(["text_a\ttext_b"] * ("\t" in rows[0]) + rows * 20), encoding="utf-8")
+    data = replace(recipe.data, unlabelled=(str(more),))
+    training = replace(recipe.training, steps=10, batch=1)
+    made = go(
+        replace(recipe, model=str(model), teacher=str(model), data=data, training=training),
+        model.with_name(f"{model.name}-2"),
+    )
+    assert made.score > 0.9
+
+
 def test_tags_and_answers_are_learned(tmp_path):
     rows = [
         json.dumps({"words": t.split(), "tags": ["X" if w in ("the", "of", "a") else "O" for w in t.split()]})
@@ -242,6 +268,7 @@ def test_tags_and_answers_are_learned(tmp_path):
     )
     made = go(recipe, tmp_path / "tagger")
     assert made.score > 0.9 and made.score_name == "tag accuracy"
+    distilled_from_more(recipe, tmp_path / "tagger", [t for t, _ in sentences(20)])
 
     def article(i, text, topic):
         first = text.split()[0]
@@ -259,3 +286,4 @@ def test_tags_and_answers_are_learned(tmp_path):
     made = go(recipe, tmp_path / "reader")
     assert made.score > 0.9 and not math.isnan(made.before) and made.score_name == "token F1"
     assert Path(tmp_path / "reader" / "tokenizer.json").is_file()
+    distilled_from_more(recipe, tmp_path / "reader", [f"food\t{t}" for t, _ in sentences(20)])

@@ -60,6 +60,17 @@ def test_targets_that_are_ignored_have_no_loss():
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(rows, torch.tensor([0, 2, 1])))
 
 
+def test_labels_weigh_as_much_as_the_share_of_requests_that_have_any():
+    output, target = torch.randn(4, 3), torch.tensor([2, -100, 0, -100])
+    loss = losses.label_loss(output, {"target": target}, "sequence_classification")
+    known = torch.nn.functional.cross_entropy(output[[0, 2]], target[[0, 2]])
+    torch.testing.assert_close(loss, known / 2)
+    output.requires_grad_()
+    none = losses.label_loss(output, {"target": torch.full((4,), -100)}, "sequence_classification")
+    none.backward()
+    assert none == 0 and not output.grad.any()
+
+
 def test_answers_are_two_choices_among_the_tokens():
     output = torch.randn(2, 4, 2)
     batch = {"target": torch.tensor([[1, 2], [0, 3]]), "attention_mask": MASK.long()}

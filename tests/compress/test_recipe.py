@@ -76,6 +76,12 @@ def test_what_makes_no_sense_together_is_refused():
         replace(RECIPE, task="embedding")
     with pytest.raises(ValueError, match="every weight of distillation is 0"):
         replace(RECIPE, distillation=Distillation(outputs=0, states=0))
+    unlabelled = Data(train=("a.csv",), unlabelled=("b.txt",))
+    for changes in ({"teacher": ""}, {"distillation": Distillation(labels=1, outputs=0, states=0)}):
+        with pytest.raises(ValueError, match="no teacher, or no weight of distillation, to learn its answers with"):
+            replace(RECIPE, data=unlabelled, **changes)
+    with pytest.raises(ValueError, match=r"name all texts in data\.train"):
+        replace(RECIPE, task="embedding", distillation=Distillation(), data=unlabelled)
     with pytest.raises(ValueError, match="needs gradients"):
         replace(RECIPE, pruning=Pruning(method="movement"), training=Training(steps=0))
 

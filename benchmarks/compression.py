@@ -73,26 +73,27 @@ def main() -> None:
 def gather(folders: Sequence[Path]) -> list[Section]:
     """Read the folders; the dense modules of a section are those of its first folder."""
     sections: dict[tuple[str, str], Section] = {}
-    for folder in folders:
-        recipe = Recipe.read(folder / "recipe.toml")
+    recipes = [Recipe.read(folder / "recipe.toml") for folder in folders]
+    for folder, recipe in zip(folders, recipes, strict=True):
         report = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
         dense = Path(recipe.teacher or recipe.model).name
         key = recipe.task, dense
         known = key in sections
         if not known:
             sections[key] = Section(f"{dense}, {recipe.task.replace('_', ' ')}", Path(report["data"]).name, [])
-        own = describe(recipe)
+        own = describe(recipe, [r for r in recipes if (r.task, Path(r.teacher or r.model).name) == key])
         base = next(m for m in report["measured"] if (m["model"], m["precision"]) == ("dense", "int8"))["milliseconds"]
         for module in report["measured"]:
             if module["model"] == "dense" and known:
                 continue
             sparse = module["model"] != "dense"
-            score_name, score = next(iter(module["scores"].items()))
+            scores = module["scores"]
+            score_name = "f1" if "f1" in scores else next(iter(scores))  # what is published for answers
             sections[key].rows.append(
                 Row(
                     model=own if sparse else "dense",
                     precision=module["precision"],
-                    score=score,
+                    score=scores[score_name],
                     score_name=score_name,
                     milliseconds=module["milliseconds"],
                     relative={n: ms / base[n] for n, ms in module["milliseconds"].items()},
@@ -115,13 +116,29 @@ def curve(folder: Path) -> dict[str, float]:
     return {str(record["step"]): record["score"] for record in records}
 
 
-def describe(recipe: Recipe) -> str:
-    """What a row is called."""
+def describe(recipe: Recipe, others: Sequence[Recipe]) -> str:
+    """What a row is called: how much was pruned and trained, and in what it differs from ``others`` of that name."""
+    alike = [flat(r) for r in others if brief(r) == brief(recipe)]
+    own = flat(recipe)
+    differing = [name for name in own if any(fields[name] != own[name] for fields in alike)]
+    return ", ".join([brief(recipe), *(f"{name.replace('_', ' ')} {own[name]}" for name in differing)])
+
+
+def brief(recipe: Recipe) -> str:
+    """How much was pruned and trained."""
     pruning, steps = recipe.pruning, recipe.training.steps
     if pruning.method == "lock":
         return f"{Path(recipe.model).name}, {steps} steps"
     budget = " by time" if pruning.budget == "latency" else ""
-    return f"{pruning.sparsity:.0%} {pruning.block}{budget}, " + (f"{steps} steps" if steps else "no training")
+    more = " with unlabelled data" if recipe.data.unlabelled else ""
+    return f"{pruning.sparsity:.0%} {pruning.block}{budget}, " + (f"{steps} steps{more}" if steps else "no training")
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Fields that decide what is made, without their tables; those that only say how often to look are left out."""
+    tables = recipe.to_table()
+    fields = {**tables["data"], **tables["pruning"], **tables["distillation"], **tables["training"]}
+    return {name: fields[name] for name in fields if name not in ("shares", "evaluate_every", "checkpoint_every")}
 
 
 def command(recipe: Recipe, folder: Path, test: str) -> str:

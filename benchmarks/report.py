@@ -124,9 +124,14 @@ def ms(cell: Cell, contestant: str) -> str:
 
 def ratio(cell: Cell, other: str, own: str) -> tuple[str, str]:
     """How many times longer the other takes, and the spread of that."""
-    ratios = [a / b for a, b in zip(times(cell, other), times(cell, own), strict=False)]
-    tenths = quantiles(ratios, n=10, method="inclusive") if len(ratios) > 1 else ratios
-    return f"{median(ratios):.2f}×", f"{tenths[0]:.2f}–{tenths[-1]:.2f}"
+    found = ratios(cell, other, own)
+    tenths = quantiles(found, n=10, method="inclusive") if len(found) > 1 else found
+    return f"{median(found):.2f}×", f"{tenths[0]:.2f}–{tenths[-1]:.2f}"
+
+
+def ratios(cell: Cell, other: str, own: str) -> list[float]:
+    """The other's time over one's own, by round."""
+    return [a / b for a, b in zip(times(cell, other), times(cell, own), strict=False)]
 
 
 def failures(shapes: Mapping[str, Mapping[str, Cell]]) -> set[str]:
@@ -198,17 +203,16 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     engines = sorted({engine(c) for _, cells, _ in panels for cell in cells.values() for c in cell} - {"whet"})
     width = 0.8 / max(1, len(engines))
     for axis, (shape, cells, zeros) in zip(axes[:, 0], panels, strict=True):
-        ratios = {case: fastest(cell, zeros) for case, cell in cells.items()}
-        ratios = {case: found for case, found in ratios.items() if found}
+        least = {case: found for case, cell in cells.items() if (found := fastest(cell, zeros))}
         for i, name in enumerate(engines):
-            bars = [found.get(name, float("nan")) for found in ratios.values()]
-            left = [x + i * width - 0.4 for x in range(len(ratios))]
+            bars = [found.get(name, float("nan")) for found in least.values()]
+            left = [x + i * width - 0.4 for x in range(len(least))]
             axis.bar(left, bars, width, align="edge", label=name, color=f"C{i}")
         axis.axhline(1, color="black", linewidth=1)
-        axis.set(title=f"{shape}, {zeros}", ylabel="times as long as Whet", xticks=range(len(ratios)))
+        axis.set(title=f"{shape}, {zeros}", ylabel="times as long as Whet", xticks=range(len(least)))
         axis.set_yscale("log", base=2)  # the slowest takes thousands of times as long
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.set_xticklabels(list(ratios), fontsize=8)
+        axis.set_xticklabels(list(least), fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{document['machine']['cpu']}, threads: {document['threads']}. The line at 1 is Whet")

@@ -3,7 +3,7 @@
     python benchmarks/compression_data.py DATA OUT
 
 ``DATA`` holds the data sets as published, each in a folder: stsb, wikitext2, qqp, mrpc, clinc150, banking77, sst2,
-squad_v2_dev, xquad_en. Nothing that is tested on stands in a training file.
+snips, squad_v2_dev, xquad_en. Nothing that is tested on stands in a training file.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def main() -> None:
     write_texts(out / "questions.txt", set(quora(data / "qqp/pairs.json.tar.gz")) - {""})
     clinc150(data / "clinc150/data_full.json", out)
     banking77(data / "banking77", out)
+    snips(data / "snips", out)
     squad(data, out)
 
 
@@ -133,6 +134,16 @@ def banking77(folder: Path, out: Path) -> None:
     for name, part in parts.items():
         write_csv(out / f"banking77-{name}.csv", part)
         print(f"banking77-{name}.csv: {len(part)} rows")
+
+
+def snips(folder: Path, out: Path) -> None:
+    """Words of requests with the slots that they fill, as CoNLL has them."""
+    for split, name in (("train", "train"), ("valid", "development"), ("test", "test")):
+        lines = ((folder / split / f"seq.{side}").read_text(encoding="utf-8").splitlines() for side in ("in", "out"))
+        rows = [list(zip(words.split(), tags.split(), strict=True)) for words, tags in zip(*lines, strict=True)]
+        text = "\n\n".join("\n".join(f"{word}\t{tag}" for word, tag in row) for row in rows)
+        (out / f"snips-{name}.conll").write_text(text + "\n", encoding="utf-8")
+        print(f"snips-{name}.conll: {len(rows)} rows")
 
 
 def squad(data: Path, out: Path) -> None:

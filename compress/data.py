@@ -18,19 +18,11 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from whet.datasets import FORMATS as SCORED_FORMATS
-from whet.datasets import LabelledText, Question, ScoredPair, Text, read_dataset
+from whet.datasets import LabelledText, Question, ScoredPair, TaggedWords, Text, read_dataset
 
 from .recipe import Recipe, Task
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class TaggedWords:
-    """Words and the tag of each."""
-
-    words: tuple[str, ...]
-    tags: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -47,11 +39,13 @@ class Span:
 
 Example: TypeAlias = "Text | LabelledText | ScoredPair | TaggedWords | Span"
 
-SUFFIXES = {".txt": "texts", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "squad"}
+SUFFIXES = {".txt": "texts", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".json": "squad", ".conll": "conll"}
 """Formats by the ending of the file, of which ``.gz`` is taken off first."""
 FORMATS = tuple(dict.fromkeys([*SUFFIXES.values(), *SCORED_FORMATS]))
 COLUMNS = ("text", "text_a", "text_b", "label", "score", "words", "tags")
 """What a column can mean; files with other names are read with ``columns``."""
+SCORED = {"sequence_classification": LabelledText, "token_classification": TaggedWords}
+"""Rows of published formats that a task is trained on."""
 LEAST = 8
 """Rows that training needs at least."""
 HELD_OUT = 0.05
@@ -199,8 +193,8 @@ def _read_texts(path: Path, kind: str, columns: dict[str, str]) -> Iterator[Text
     for e in _read(path, kind, columns, "embedding"):
         if isinstance(e, ScoredPair):
             yield e.first, e.second
-        elif isinstance(e, str):
-            yield e
+        else:
+            yield from texts_of([e])
 
 
 def _read(path: Path, kind: str, columns: dict[str, str], task: Task) -> Iterator[Example]:
@@ -219,7 +213,7 @@ def _read(path: Path, kind: str, columns: dict[str, str], task: Task) -> Iterato
             if isinstance(row, Question):
                 yield row.question
                 yield row.context
-            elif task == "embedding" or (task == "sequence_classification" and isinstance(row, LabelledText)):
+            elif task == "embedding" or isinstance(row, SCORED[task]):
                 yield row
             else:
                 raise ValueError(f"{path} holds {kind} rows; they are no data for {task}")

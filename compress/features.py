@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from whet.datasets import LabelledText
+from whet.datasets import LabelledText, TaggedWords
 
-from .data import Example, Span, TaggedWords, texts_of
+from .data import Example, Span, texts_of
 from .models import Encoder
 
 Batch: TypeAlias = "dict[str, Tensor]"

@@ -679,7 +679,7 @@ def _add_compress(sub: argparse.ArgumentParser) -> None:
         "--data",
         metavar="FILE",
         action="append",
-        help="training data: .txt (a text per line), .csv, .tsv, .jsonl, SQuAD .json; several times for several files",
+        help="training data: .txt (a text per line), .csv, .tsv, .jsonl, SQuAD .json, .conll; may be given again",
     )
     sub.add_argument(
         "--unlabelled", metavar="FILE", action="append", help="more to distil from, by the teacher's answers alone"
@@ -801,7 +801,7 @@ def _add_eval(sub: argparse.ArgumentParser) -> None:
         "--format",
         choices=list(FORMATS),
         required=True,
-        help="STS-B or SST-2 as published, SQuAD JSON, or a CSV with text,label or text_a,text_b,label|score",
+        help="STS-B, SST-2, SQuAD or CoNLL as published, or a CSV with text,label or text_a,text_b,label|score",
     )
     sub.add_argument("--limit", metavar="N", type=_positive, help="only the first rows")
     sub.add_argument(

@@ -24,7 +24,7 @@ from whet.compiler import Precision, Report, compile
 from whet.compress.blocks import Block
 from whet.compress.folders import has_head
 from whet.compress.recipe import Data, Distillation, Pruning, Recipe, Training, parse_value
-from whet.datasets import Dataset, LabelledText, Question, Row, ScoredPair, Text, read_dataset
+from whet.datasets import Dataset, LabelledText, Question, Row, ScoredPair, TaggedWords, Text, read_dataset
 from whet.evaluate import evaluate
 from whet.host import host_isa
 from whet.passes.choose_kernels import TYPICAL_TOKENS
@@ -366,7 +366,7 @@ def _test_rows(recipe: Recipe, test: str | PathLike[str], format: str) -> list[R
     if recipe.task == "question_answering":
         return list(read_dataset(test, kind).rows)
     rows = _rows(read_examples([str(test)], recipe.task, kind, recipe.data.columns))
-    if not rows and recipe.task != "token_classification":
+    if not rows:
         raise ValueError(f"{test} holds no rows that {recipe.task} is scored by")
     return rows
 
@@ -377,7 +377,7 @@ def _rows(examples: Sequence[Example]) -> list[Row]:
 
     rows: list[Row] = []
     for i, e in enumerate(examples):
-        if isinstance(e, LabelledText) or (isinstance(e, ScoredPair) and not math.isnan(e.score)):
+        if isinstance(e, LabelledText | TaggedWords) or (isinstance(e, ScoredPair) and not math.isnan(e.score)):
             rows.append(e)
         elif isinstance(e, Span):
             rows.append(Question(str(i), e.question, e.context, (e.context[e.start : e.end],)))

@@ -1,4 +1,4 @@
-"""Readers of labelled data: STS-B and SST-2 as they are published, SQuAD JSON, and CSV files with a header.
+"""Readers of labelled data: STS-B, SST-2, SQuAD and CoNLL as they are published, and CSV files with a header.
 
 A reader takes a path and returns rows of one kind; :mod:`whet.evaluate` scores each kind in its own way.
 """
@@ -45,7 +45,15 @@ class Question:
     answers: tuple[str, ...]
 
 
-Row: TypeAlias = ScoredPair | LabelledText | Question
+@dataclass(frozen=True)
+class TaggedWords:
+    """Words and the tag of each."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+Row: TypeAlias = ScoredPair | LabelledText | Question | TaggedWords
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,25 @@ def read_squad(path: Path) -> Dataset:
     return Dataset(rows, notes)
 
 
+def read_conll(path: Path) -> Dataset:
+    """CoNLL: a word per line with its tag in the last column, an empty line after each sentence.
+
+    Columns are divided by tabs or, where a line has none, by spaces (Tjong Kim Sang and De Meulder 2003).
+    """
+    rows: list[TaggedWords] = []
+    sentence: list[list[str]] = []
+    for i, line in enumerate([*read_text(path).split("\n"), ""], 1):
+        fields = line.strip().split("\t") if "\t" in line.strip() else line.split()
+        if fields and fields[0] != "-DOCSTART-":
+            if len(fields) < 2 or not fields[0] or not fields[-1]:
+                raise ValueError(f"{path}:{i} is {line!r}; expected a word and, in the last column, its tag")
+            sentence.append(fields)
+        elif sentence:
+            rows.append(TaggedWords(tuple(f[0] for f in sentence), tuple(f[-1] for f in sentence)))
+            sentence = []
+    return Dataset(rows)
+
+
 def read_csv(path: Path) -> Dataset:
     """CSV with a header: ``text,label``, ``text_a,text_b,label`` or ``text_a,text_b,score``; others are ignored."""
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -211,5 +238,6 @@ FORMATS: dict[str, Callable[[Path], Dataset]] = {
     "stsb": read_stsb,
     "sst2": read_sst2,
     "squad": read_squad,
+    "conll": read_conll,
     "csv": read_csv,
 }

@@ -1,7 +1,7 @@
 """Scores a compiled module on labelled data, and compares its answers with those of another module.
 
 The scores are the ones the data sets are published with: correlation for pairs with a similarity, accuracy for
-classes, exact match and F1 for answers.
+classes, exact match and F1 for answers, accuracy and F1 for tags.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 import string
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.datasets import Dataset, LabelledText, Question, ScoredPair
+from whet.datasets import Dataset, LabelledText, Question, ScoredPair, TaggedWords
 from whet.progress import Progress, Silent
 from whet.runtime import Session
 
@@ -36,7 +37,7 @@ class Evaluation:
     module: str
     rows: int
     scores: dict[str, float]
-    """Shares and correlations between -1 and 1, in points of 100 for exact match and F1 (as SQuAD has them)."""
+    """Shares and correlations between -1 and 1; exact match and F1 in points of 100, as SQuAD and CoNLL have them."""
     seconds: float
     """Tokenisation included."""
     against: dict[str, float] = field(default_factory=dict)
@@ -109,10 +110,13 @@ def _judge(session: Session, data: Dataset) -> _Judge:
         return _Classes([r for r in data.rows if isinstance(r, LabelledText)], session)
     if kind is Question and task == "question_answering":
         return _Answers([r for r in data.rows if isinstance(r, Question)])
+    if kind is TaggedWords and task == "token_classification":
+        return _Tags([r for r in data.rows if isinstance(r, TaggedWords)], session)
     wanted = {
         ScoredPair: "an embedding model, or a classifier with one label",
         LabelledText: "a sequence_classification model",
         Question: "a question_answering model",
+        TaggedWords: "a token_classification model",
     }
     raise ValueError(f"{session.path} is a {task} model; this data asks for {wanted[kind]}")
 
@@ -209,6 +213,74 @@ class _Answers:
             "same_answer": float(np.mean([a == b for a, b in pairs])),
             "answer_f1": 100 * float(np.mean([f1_score(a, b) for a, b in pairs])),
         }
+
+
+class _Tags:
+    """Share of words whose tag the model finds, and F1 of the stretches they mark, as CoNLL's own script counts."""
+
+    def __init__(self, rows: list[TaggedWords], session: Session) -> None:
+        self.rows = rows
+        self.count = len(rows)
+        self.expected = [row.tags for row in rows]
+        names, labels = {tag for tags in self.expected for tag in tags} - {"O"}, session.metadata.labels
+        if names and names.isdisjoint(labels):
+            shown = [", ".join(sorted(of)[:8]) for of in (names, labels)]
+            raise ValueError(f"the data has the tags {shown[0]}; none but O is a label of {session.path} ({shown[1]})")
+
+    def answer(self, session: Session, advance: Advance) -> list[list[str]]:
+        found = []
+        for i, row in enumerate(self.rows, 1):
+            found.append(word_tags(session, row.words))
+            advance(i)
+        return found
+
+    def score(self, outputs: Sequence[Sequence[str]]) -> dict[str, float]:
+        scores = {"accuracy": _same(outputs, self.expected)}
+        pairs = [(spans(found), spans(gold)) for found, gold in zip(outputs, self.expected, strict=True)]
+        if any(gold for _, gold in pairs):
+            right, total = sum(len(a & b) for a, b in pairs), sum(len(a) + len(b) for a, b in pairs)
+            scores["f1"] = 100 * 2 * right / total
+        return scores
+
+    def agreement(self, outputs: Sequence[Sequence[str]], other: Sequence[Sequence[str]]) -> dict[str, float]:
+        return {"same_tag": _same(outputs, other)}
+
+
+def _same(found: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> float:
+    """Share of the tags that are equal."""
+    return float(np.mean([a == b for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=True)]))
+
+
+def word_tags(session: Session, words: Sequence[str]) -> list[str]:
+    """The label of the first token of every word; empty where a word has no token."""
+    starts = [0]
+    for word in words:
+        starts.append(starts[-1] + len(word) + 1)
+    tags = [""] * len(words)
+    for token in session.tag(" ".join(words), level="token")[0]:
+        place = bisect_right(starts, token["start"]) - 1
+        tags[place] = tags[place] or token["label"]
+    return tags
+
+
+def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Stretches that tags mark, as kind, first and last word: of IOB1, IOB2 or BIOES, read as ``conlleval`` reads them.
+
+    A stretch begins with B, S or U, and with I, E or L where none of its kind is open; E, S and L end it.
+    """
+    found = set()
+    kind, first = "", 0
+    for i, tag in enumerate([*tags, "O"]):
+        prefix, _, name = tag.partition("-")
+        goes_on = kind and name == kind and prefix in ("I", "E", "L")
+        if kind and not goes_on:
+            found.add((kind, first, i - 1))
+        if not goes_on:
+            kind, first = (name, i) if prefix in ("B", "I", "E", "L", "S", "U") else ("", i)
+        if kind and prefix in ("E", "L", "S", "U"):
+            found.add((kind, first, i))
+            kind = ""
+    return found
 
 
 def pearson(x: Array, y: Array) -> float:

@@ -6,7 +6,6 @@ import pytest
 
 from whet.compress.data import (
     Span,
-    TaggedWords,
     all_labels,
     check_examples,
     examples_of,
@@ -16,7 +15,7 @@ from whet.compress.data import (
     texts_of,
 )
 from whet.compress.recipe import Data, Recipe
-from whet.datasets import LabelledText, ScoredPair
+from whet.datasets import LabelledText, ScoredPair, TaggedWords
 
 
 def write(path, text):
@@ -73,6 +72,12 @@ def test_tagged_words(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"words": ["a", "b"], "tags": ["O", "B"]}\n{"words": "c d", "tags": "O O"}\n')
     rows = read_examples([path], "token_classification")
     assert rows == [TaggedWords(("a", "b"), ("O", "B")), TaggedWords(("c", "d"), ("O", "O"))]
+    conll = write(tmp_path / "a.conll", "a O\nb B\n\nc O\n")
+    tagged = read_examples([conll], "token_classification")
+    assert tagged == [TaggedWords(("a", "b"), ("O", "B")), TaggedWords(("c",), ("O",))]
+    assert texts_of(tagged) == read_unlabelled([conll], pairs=False) == ["a b", "c"]
+    with pytest.raises(ValueError, match="no data for sequence_classification"):
+        read_examples([conll], "sequence_classification")
     with pytest.raises(ValueError, match=r"a.jsonl:1: expected as many tags as words"):
         read_examples([write(tmp_path / "a.jsonl", '{"words": ["a"], "tags": []}')], "token_classification")
 

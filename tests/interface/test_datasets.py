@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from whet.datasets import FORMATS, LabelledText, Question, ScoredPair, read_dataset, read_texts
+from whet.datasets import FORMATS, LabelledText, Question, ScoredPair, TaggedWords, read_dataset, read_texts
 
 
 @pytest.fixture
@@ -62,6 +62,14 @@ def test_csv_kinds_are_told_by_the_header(write, text, row):
     assert read_dataset(write(text), "csv").rows == [row]
 
 
+def test_conll_has_a_sentence_between_empty_lines(write):
+    text = "-DOCSTART- -X- O O\n\nNew NNP B-NP B-loc\nYork NNP I-NP I-loc\n\n\nis VBZ B-VP O\n"
+    expected = [TaggedWords(("New", "York"), ("B-loc", "I-loc")), TaggedWords(("is",), ("O",))]
+    assert read_dataset(write(text), "conll").rows == expected
+    tabs = read_dataset(write("New York\tB-loc\r\n\r\n"), "conll").rows
+    assert tabs == [TaggedWords(("New York",), ("B-loc",))]
+
+
 def test_limit_keeps_the_first_rows_and_says_so(write):
     data = read_dataset(write("text,label\na,x\nb,y\nc,z\n"), "csv", limit=2)
     assert [row.label for row in data.rows] == ["x", "y"]
@@ -82,6 +90,8 @@ def test_limit_keeps_the_first_rows_and_says_so(write):
         ("csv", "a,b\n1,2\n", "has the columns a, b"),
         ("csv", "text,label\nonly\n", ":2 has fewer fields"),
         ("csv", "text,label\n", "holds no rows"),
+        ("conll", "word O\nword\n", r":2 is 'word'; expected a word and, in the last column, its tag"),
+        ("conll", "\n", "holds no rows"),
         ("csv", b"text,label\n\xff,x\n", "not UTF-8"),
         ("glue", "", "format is 'glue'"),
     ],

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from whet.datasets import Dataset, LabelledText, Question, ScoredPair
-from whet.evaluate import class_of, evaluate, exact_match, f1_score, normalise_answer, pearson, ranks, spearman
+from whet.datasets import Dataset, LabelledText, Question, ScoredPair, TaggedWords
+from whet.evaluate import class_of, evaluate, exact_match, f1_score, normalise_answer, pearson, ranks, spans, spearman
 
 
 class FakeSession:
@@ -28,6 +28,10 @@ class FakeSession:
 
     def answer(self, question, context):
         return {"answer": self.tables["answers"][question]}
+
+    def tag(self, text, level):
+        assert level == "token"
+        return [[{"start": text.index(piece), "label": label} for piece, label in self.tables["tags"][text]]]
 
 
 class Recorder:
@@ -134,6 +138,37 @@ def test_answers_take_the_best_of_what_people_said():
 
 
 @pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ("O B-a I-a O", {("a", 1, 2)}),
+        ("B-a B-a I-a I-b", {("a", 0, 0), ("a", 1, 2), ("b", 3, 3)}),
+        ("I-a I-a O I-b-c", {("a", 0, 1), ("b-c", 3, 3)}),  # IOB1, and what follows no B
+        ("B-a E-a S-a B-b I-b E-b I-b", {("a", 0, 1), ("a", 2, 2), ("b", 3, 5), ("b", 6, 6)}),  # BIOES
+        ("U-a L-a", {("a", 0, 0), ("a", 1, 1)}),
+        ("NOUN VERB O", set()),
+        ("", set()),
+    ],
+)
+def test_stretches_of_tags_are_those_of_conlleval(tags, found):
+    assert spans(tags.split()) == found
+
+
+def test_tags_are_those_of_first_tokens():
+    rows = [TaggedWords(("New", "York", "is", "big"), ("B-loc", "I-loc", "O", "O")), TaggedWords(("Ann",), ("B-per",))]
+    labels = ("O", "B-loc", "I-loc")
+    tags = {
+        "New York is big": [("New", "B-loc"), ("Yo", "I-loc"), ("rk", "O"), ("is", "O"), ("big", "I-loc")],
+        "Ann": [],  # a word without a token is wrong, and so is a tag that the model does not have
+    }
+    result = evaluate(FakeSession("token_classification", labels=labels, tags=tags), Dataset(rows))
+    assert result.scores == {"accuracy": pytest.approx(3 / 5), "f1": pytest.approx(100 * 2 / 4)}
+    session = FakeSession("token_classification", labels=("X", "O"), tags={"a b": [("a", "X"), ("b", "O")]})
+    result = evaluate(session, Dataset([TaggedWords(("a", "b"), ("X", "X"))]), against=session)
+    assert result.scores == {"accuracy": 0.5}, "tags that mark no stretches have no F1"
+    assert result.against["same_tag"] == 1 and result.against["accuracy_difference"] == 0
+
+
+@pytest.mark.parametrize(
     ("session", "row", "message"),
     [
         (FakeSession("token_classification"), ScoredPair("a", "b", 1), "asks for an embedding model"),
@@ -142,6 +177,12 @@ def test_answers_take_the_best_of_what_people_said():
         (FakeSession("embedding"), Question("1", "q", "c", ("a",)), "asks for a question_answering"),
         (FakeSession("sequence_classification", 1), LabelledText("a", "0"), "single label"),
         (FakeSession("sequence_classification", 2), LabelledText("a", "neutral"), "label 'neutral'"),
+        (FakeSession("embedding"), TaggedWords(("a",), ("O",)), "asks for a token_classification"),
+        (
+            FakeSession("token_classification", labels=("O", "B-per")),
+            TaggedWords(("a",), ("B-loc",)),
+            r"has the tags B-loc; none but O is a label of fake.so \(B-per, O\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(session, row, message):

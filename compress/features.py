@@ -104,8 +104,9 @@ def _windows(tokenizer: Any, rows: Sequence[Span | tuple[str, str]], length: int
             if not isinstance(row, Span):
                 features.append(Feature(window.ids, window.type_ids, (IGNORED, IGNORED), inside[0]))
                 continue
-            first = [i for i in inside if window.offsets[i][0] <= row.start < window.offsets[i][1]]
-            last = [i for i in inside if window.offsets[i][0] < row.end <= window.offsets[i][1]]
+            offsets = window.offsets  # each access makes the whole list
+            first = [i for i in inside if offsets[i][0] <= row.start < offsets[i][1]]
+            last = [i for i in inside if offsets[i][0] < row.end <= offsets[i][1]]
             if first and last:
                 features.append(Feature(window.ids, window.type_ids, (first[0], last[-1]), inside[0]))
     return features

@@ -26,6 +26,8 @@ QUESTIONS, SENTENCES = 20_000, 12_000
 """Quora's and WikiText-2's share of the texts near STS-B."""
 REVIEWS = 40_000, 6
 """Texts to distil a classifier of reviews from, and the words that each has at least."""
+FEW = 1500
+"""Requests of CLINC150 in the file with few labels."""
 HELD_OUT = 5
 """One in so many articles of SQuAD is tested on; one in so many training rows of Banking77 is held out."""
 
@@ -115,11 +117,14 @@ def stsb(path: Path) -> Iterator[str]:
 
 
 def clinc150(path: Path, out: Path) -> None:
-    """Requests with an intent; those out of scope are left out."""
+    """Requests with an intent, without those out of scope; of the training set also few, and the other texts alone."""
     splits = json.loads(path.read_text(encoding="utf-8"))
     for split, name in (("train", "train"), ("val", "development"), ("test", "test")):
         write_csv(out / f"clinc150-{name}.csv", splits[split])
         print(f"clinc150-{name}.csv: {len(splits[split])} rows")
+    shuffled = random.Random(SEED).sample(splits["train"], len(splits["train"]))
+    write_csv(out / "clinc150-few.csv", shuffled[:FEW])
+    write_texts(out / "clinc150-rest.txt", {text for text, _ in shuffled[FEW:]})
 
 
 def banking77(folder: Path, out: Path) -> None:

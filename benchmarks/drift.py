@@ -18,8 +18,8 @@ import numpy as np
 
 import whet
 from whet.datasets import LabelledText, read_dataset
-from whet.evaluate import class_of
 from whet.freezing import fit
+from whet.metrics import class_of
 from whet.progress import TerminalProgress
 
 REQUESTS, WINDOW, AUDIT = 4000, 400, 0.1

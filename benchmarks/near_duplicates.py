@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from report import table
 
 import whet
-from whet.evaluate import cosines
 from whet.memoizing import build
+from whet.metrics import cosines
 from whet.runtime.memo import LEVELS
 from whet.runtime.memo_file import MemoFile, describe
 

@@ -25,7 +25,7 @@ import numpy as np
 
 import whet
 from whet.datasets import LabelledText, read_dataset, read_texts
-from whet.evaluate import class_of
+from whet.metrics import class_of
 from whet.progress import TerminalProgress
 from whet.runtime.memo_file import MemoFile, describe
 from whet.runtime.text import Text

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from whet.datasets import ScoredPair
-from whet.evaluate import spearman
+from whet.metrics import spearman
 from whet.runtime.spans import best_answers
 
 from .data import Example, texts_of

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.evaluate import cosines
+from whet.metrics import cosines
 from whet.runtime.metadata import Metadata
 from whet.runtime.spans import softmax
 

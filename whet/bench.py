@@ -23,7 +23,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from whet.evaluate import cosines
+from whet.metrics import cosines
 from whet.peers import Inputs, Missing, Peer, Run, make_peers
 from whet.progress import Progress, Silent
 from whet.runtime import Session, load

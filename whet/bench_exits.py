@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from whet.bench import pinned
 from whet.datasets import LabelledText, Text
-from whet.evaluate import class_of
+from whet.metrics import class_of
 from whet.progress import Progress, Silent
 from whet.runtime import Session, load
 from whet.runtime.cpu import cpu_model

@@ -22,8 +22,8 @@ from whet.caching.learn import fit_perceptron, softmax
 from whet.caching.posterior import fit_posterior, fit_weights
 from whet.compiler import Precision, Text, check_can_freeze, compile, import_model
 from whet.datasets import LabelledText
-from whet.evaluate import class_of
 from whet.frontend.model import Model
+from whet.metrics import class_of
 from whet.passes.dialect import EMBED, shape_of
 from whet.passes.graph import Graph, digest_of, is_call
 from whet.progress import Progress, Silent

@@ -19,8 +19,8 @@ from typing import Any
 
 from report import table
 
+from whet.compress.make_recipe import PLACES, make_recipe
 from whet.compress.recipe import Recipe
-from whet.compressing import PLACES, make_recipe
 
 RESULTS = Path(__file__).parent / "results"
 DRAWN = "32"

@@ -12,9 +12,10 @@ torch = pytest.importorskip("torch", reason="compress/ needs the extra compress"
 import transformers  # noqa: E402
 from tiny_encoders import make_model, make_sentence_encoder, sentences  # noqa: E402
 
-from whet import cli, compressing  # noqa: E402
+from whet import cli, compressing, measure_compressed  # noqa: E402
+from whet.compress.make_recipe import GENTLE_RATE  # noqa: E402
 from whet.compress.recipe import Recipe, Training  # noqa: E402
-from whet.compressing import GENTLE_RATE, CompressionReport, Measured, make_recipe, plan  # noqa: E402
+from whet.compressing import CompressionReport, Measured, make_recipe, plan  # noqa: E402
 from whet.schedules.isa import ISAS  # noqa: E402
 
 
@@ -34,12 +35,18 @@ def pairs(tmp_path):
     return path
 
 
-def test_one_command_makes_a_measured_sparse_model(tmp_path, texts, pairs, capsys, monkeypatch):
+@pytest.fixture
+def briefly(monkeypatch):
+    """Measure int8 alone, for a moment, with fewer kernels to generate."""
     monkeypatch.setattr("whet.bench.WARM_UP_SECONDS", 0.01)
     monkeypatch.setattr("whet.bench.BLOCK_SECONDS", 0.001)
-    monkeypatch.setattr(compressing, "SECONDS", 0.001)
-    monkeypatch.setattr(compressing, "compile", partial(compressing.compile, isa="avx2"))  # fewer kernels to generate
-    monkeypatch.setattr(compressing, "PRECISIONS", ("int8",))
+    monkeypatch.setattr(measure_compressed, "SECONDS", 0.001)
+    monkeypatch.setattr(measure_compressed, "compile", partial(measure_compressed.compile, isa="avx2"))
+    monkeypatch.setattr(measure_compressed, "PRECISIONS", ("int8",))
+
+
+@pytest.mark.usefixtures("briefly")
+def test_one_command_makes_a_measured_sparse_model(tmp_path, texts, pairs, capsys):
     folder = make_sentence_encoder(tmp_path / "m")
     output = tmp_path / "sparse"
     command = ["compress", folder, "--data", texts, "--task", "embedding", "--sparsity", 0.75, "--block", "4x4"]
@@ -75,6 +82,39 @@ def test_one_command_makes_a_measured_sparse_model(tmp_path, texts, pairs, capsy
     assert CompressionReport.from_json(json.dumps(later)).to_json() == json.dumps(later, indent=1)
     assert cli.main(again) == 1
     assert "again exists; name another folder" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("briefly")
+def test_a_tagger_is_scored_by_its_tags(tmp_path, capsys):
+    rows = [
+        "\n".join(f"{word} {'B-art' if word == 'the' else 'O'}" for word in text.split()) for text, _ in sentences(60)
+    ]
+    data = tmp_path / "tags.conll"
+    data.write_text("\n\n".join(rows), encoding="utf-8")
+    command = [
+        "compress",
+        make_model(tmp_path / "m"),
+        "--task",
+        "token_classification",
+        "--data",
+        data,
+        "--sparsity",
+        0,
+    ]
+    command += [
+        "--steps",
+        40,
+        "--set",
+        "training.learning_rate=0.003",
+        "--test",
+        data,
+        "-o",
+        tmp_path / "out",
+        "--json",
+    ]
+    assert cli.main([str(word) for word in command]) == 0
+    (tuned,) = json.loads(capsys.readouterr().out)["measured"]
+    assert tuned["model"] == "fine-tuned" and tuned["scores"]["accuracy"] > 0.9 and tuned["scores"]["f1"] > 90
 
 
 def test_only_what_was_made_can_be_measured(tmp_path, capsys):

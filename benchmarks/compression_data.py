@@ -15,7 +15,7 @@ import random
 import re
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ REVIEWS = 40_000, 6
 """Texts to distil a classifier of reviews from, and the words that each has at least."""
 FEW = 1500
 """Requests of CLINC150 in the file with few labels."""
+CONTEXT, ASKED = range(60, 161), 4000
+"""Words of a paragraph that a question is put to, and how many are."""
 HELD_OUT = 5
 """One in so many articles of SQuAD is tested on; one in so many training rows of Banking77 is held out."""
 
@@ -74,17 +76,21 @@ def write_texts(path: Path, found: set[str]) -> list[str]:
 
 
 def wikitext(path: Path) -> Iterator[str]:
-    """Sentences, with the spaces before punctuation taken out."""
+    """Sentences."""
+    for paragraph in wikitext_paragraphs(path):
+        for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph):
+            if WORDS[0] <= len(sentence.split()) <= WORDS[1] and "<unk>" not in sentence:
+                yield sentence
+
+
+def wikitext_paragraphs(path: Path) -> Iterator[str]:
+    """Paragraphs, with the spaces before punctuation taken out."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
             text = line.strip()
-            if not text or text.startswith("="):
-                continue
-            text = re.sub(r" @([-,.])@ ", r"\1", text)
-            text = re.sub(r" ([,.;:!?)'’])", r"\1", text.replace("( ", "("))
-            for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", text):
-                if WORDS[0] <= len(sentence.split()) <= WORDS[1] and "<unk>" not in sentence:
-                    yield sentence
+            if text and not text.startswith("="):
+                text = re.sub(r" @([-,.])@ ", r"\1", text)
+                yield re.sub(r" ([,.;:!?)'’])", r"\1", text.replace("( ", "("))
 
 
 def quora(path: Path) -> Iterator[str]:
@@ -152,7 +158,11 @@ def snips(folder: Path, out: Path) -> None:
 
 
 def squad(data: Path, out: Path) -> None:
-    """SQuAD's public development articles, divided; with XQuAD's other articles, from the same set, in the test."""
+    """SQuAD's public development articles, divided; with XQuAD's other articles, from the same set, in the test.
+
+    To distil from without answers: the questions that the training articles do not answer, and paragraphs of
+    WikiText-2, each with some question of Quora's.
+    """
     articles = json.loads((data / "squad_v2_dev/squad.json").read_text(encoding="utf-8"))["data"]
     known = {article["title"] for article in articles}
     others = json.loads((data / "xquad_en/xquad.en.json").read_text(encoding="utf-8"))["data"]
@@ -161,6 +171,12 @@ def squad(data: Path, out: Path) -> None:
     for name, part in (("train", train), ("test", test)):
         write_squad(out / f"squad-{name}.json", part, answered=True)
     write_squad(out / "squad-unanswered.json", train, answered=False)
+    contexts = [p for p in wikitext_paragraphs(data / "wikitext2/train.raw.gz") if len(p.split()) in CONTEXT]
+    questions = sorted({q for q in quora(data / "qqp/pairs.json.tar.gz") if "?" in q})
+    draw = random.Random(SEED)
+    pairs = zip(draw.sample(questions, ASKED), draw.sample(contexts, ASKED), strict=True)
+    write_csv(out / "wikitext-questions.csv", pairs, ("text_a", "text_b"))
+    print(f"wikitext-questions.csv: {ASKED} pairs")
 
 
 def write_squad(path: Path, articles: list[dict[str, Any]], answered: bool) -> None:
@@ -183,11 +199,11 @@ def read_table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
         yield from csv.DictReader(file, delimiter=delimiter)
 
 
-def write_csv(path: Path, rows: Iterable[Iterable[str]]) -> None:
-    """Texts and labels under a header."""
+def write_csv(path: Path, rows: Iterable[Iterable[str]], header: Sequence[str] = ("text", "label")) -> None:
+    """Rows under a header."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["text", "label"])
+        writer.writerow(header)
         writer.writerows(rows)
 
 

@@ -24,8 +24,6 @@ WORDS = (5, 40)
 """Sentences of running text are kept if they have so many words."""
 QUESTIONS, SENTENCES = 20_000, 12_000
 """Quora's and WikiText-2's share of the texts near STS-B."""
-REVIEWS = 40_000, 6
-"""Texts to distil a classifier of reviews from, and the words that each has at least."""
 FEW = 1500
 """Requests of CLINC150 in the file with few labels."""
 CONTEXT, ASKED = range(60, 161), 4000
@@ -49,16 +47,13 @@ def main() -> None:
 def embedding_texts(data: Path, out: Path) -> None:
     """Sentences of WikiText-2, Quora's questions, MRPC and STS-B's training set, without any of STS-B's other sets.
 
-    ``texts.txt`` has all of them; ``near.txt`` fewer of the first two, so that a third are of STS-B's kinds;
-    ``lower.txt`` some as SST-2 writes its own, in lower case.
+    ``texts.txt`` has all of them; ``near.txt`` fewer of the first two, so that a third are of STS-B's kinds.
     """
     scored = {text for name in ("dev", "test") for text in stsb(data / f"stsb/sts-{name}.csv")}
     near = {*stsb(data / "stsb/sts-train.csv"), *mrpc(data / "mrpc/msr_paraphrase_train.txt")}
     far = set(quora(data / "qqp/pairs.json.tar.gz")), set(wikitext(data / "wikitext2/train.raw.gz"))
     found = {text for texts in (near, *far) for text in texts if text and "\n" not in text} - scored
     shuffled = write_texts(out / "texts.txt", found)
-    long = [text.lower() for text in shuffled if REVIEWS[1] <= len(text.split()) <= WORDS[1]]
-    write_texts(out / "lower.txt", set(long[: REVIEWS[0]]))
     questions, sentences = (
         [text for text in shuffled if text in texts][:count]
         for texts, count in ((far[0] - near, QUESTIONS), (far[1] - near - far[0], SENTENCES))

@@ -120,7 +120,7 @@ def describe(recipe: Recipe, others: Sequence[Recipe]) -> str:
     """What a row is called: how much was pruned and trained, and in what it differs from ``others`` of that name."""
     alike = [flat(r) for r in others if brief(r) == brief(recipe)]
     own = flat(recipe)
-    differing = [name for name in own if any(fields[name] != own[name] for fields in alike)]
+    differing = [name for name in own if own[name] and any(fields[name] != own[name] for fields in alike)]
     return ", ".join([brief(recipe), *(f"{name.replace('_', ' ')} {own[name]}" for name in differing)])
 
 
@@ -130,15 +130,19 @@ def brief(recipe: Recipe) -> str:
     if pruning.method == "lock":
         return f"{Path(recipe.model).name}, {steps} steps"
     budget = " by time" if pruning.budget == "latency" else ""
-    more = " with unlabelled data" if recipe.data.unlabelled else ""
-    return f"{pruning.sparsity:.0%} {pruning.block}{budget}, " + (f"{steps} steps{more}" if steps else "no training")
+    return f"{pruning.sparsity:.0%} {pruning.block}{budget}, " + (f"{steps} steps" if steps else "no training")
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:
     """Fields that decide what is made, without their tables; those that only say how often to look are left out."""
     tables = recipe.to_table()
     fields = {**tables["data"], **tables["pruning"], **tables["distillation"], **tables["training"]}
-    return {name: fields[name] for name in fields if name not in ("shares", "evaluate_every", "checkpoint_every")}
+    left_out = ("shares", "evaluate_every", "checkpoint_every")
+    return {
+        name: " ".join(Path(file).name for file in value) if isinstance(value, list) else value
+        for name, value in fields.items()
+        if name not in left_out
+    }
 
 
 def command(recipe: Recipe, folder: Path, test: str) -> str:

@@ -72,8 +72,10 @@ def train(
         for step in range(start, steps):
             sparsity = pruner.due(step)
             if sparsity is not None:
+                pruning = time.perf_counter()
                 _prune(pruner, sparsity, None)
                 pruner.forget(optimizer)
+                began += time.perf_counter() - pruning  # the steps that are left take no such time
             batch = collate(batches[step], student)
             with autocast():
                 with torch.no_grad():

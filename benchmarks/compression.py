@@ -25,6 +25,8 @@ from whet.compress.recipe import Recipe
 RESULTS = Path(__file__).parent / "results"
 DRAWN = "32"
 """Tokens of the request whose time the picture shows."""
+COLUMNS = 3
+"""Panels in a line of it, at most."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +217,12 @@ def share(row: Row) -> float:
 def draw(sections: Sequence[Section], cpu: str, path: Path) -> None:
     """Score against time, a panel per section, with the Pareto front."""
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(1, len(sections), figsize=(5.5 * len(sections), 4.5), squeeze=False)
-    for axis, section in zip(axes[0], sections, strict=True):
+    columns = min(len(sections), COLUMNS)
+    lines = -(-len(sections) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(5.5 * columns, 4.5 * lines), squeeze=False)
+    for axis in axes.flat[len(sections) :]:
+        axis.remove()
+    for axis, section in zip(axes.flat, sections, strict=False):
         points = [(row.relative[DRAWN], 100 * share(row), row) for row in section.rows]
         for precision, marker in (("fp32", "o"), ("int8", "s")):
             for i, blocks in enumerate(dict.fromkeys(row.blocks for row in section.rows)):
@@ -228,12 +234,16 @@ def draw(sections: Sequence[Section], cpu: str, path: Path) -> None:
         axis.plot(*zip(*front, strict=True), color="black", linewidth=1, zorder=0)
         for x, y, row in points:
             if (x, y) in front:
-                axis.annotate(row.model, (x, y), fontsize=7, xytext=(4, -8), textcoords="offset points")
+                axis.annotate(
+                    ", ".join(row.model.split(", ")[:2]), (x, y), fontsize=7, xytext=(4, -8), textcoords="offset points"
+                )
         axis.set(
             title=section.title, xlabel=f"time at {DRAWN} tokens, dense int8 = 1", ylabel=section.rows[0].score_name
         )
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="lower center")
     figure.suptitle(f"One thread of {cpu}")
     figure.tight_layout()
     figure.savefig(path)

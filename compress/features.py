@@ -102,7 +102,8 @@ def _windows(tokenizer: Any, rows: Sequence[Span | tuple[str, str]], length: int
         for window in (whole, *whole.overflowing):
             inside = [i for i, s in enumerate(window.sequence_ids) if s == 1]
             if not isinstance(row, Span):
-                features.append(Feature(window.ids, window.type_ids, (IGNORED, IGNORED), inside[0]))
+                if inside:  # a context may have no token at all
+                    features.append(Feature(window.ids, window.type_ids, (IGNORED, IGNORED), inside[0]))
                 continue
             offsets = window.offsets  # each access makes the whole list
             first = [i for i in inside if offsets[i][0] <= row.start < offsets[i][1]]

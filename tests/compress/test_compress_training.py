@@ -17,6 +17,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tiny_encoders import load, make_model, make_sentence_encoder, sentences  # noqa: E402
 
 from whet.compress.blocks import Block  # noqa: E402
+from whet.compress.features import make_features  # noqa: E402
 from whet.compress.recipe import Data, Distillation, Pruning, Recipe, Training  # noqa: E402
 from whet.compress.run import run_recipe, work_folder  # noqa: E402
 from whet.progress import Silent  # noqa: E402
@@ -287,3 +288,4 @@ def test_tags_and_answers_are_learned(tmp_path):
     assert made.score > 0.9 and not math.isnan(made.before) and made.score_name == "token F1"
     assert Path(tmp_path / "reader" / "tokenizer.json").is_file()
     distilled_from_more(recipe, tmp_path / "reader", [f"food\t{t}" for t, _ in sentences(20)])
+    assert make_features(load(tmp_path / "reader", "question_answering"), [("food", "")], 64) == [], "nothing to read"

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 
-from report import Cell, engine, ms, ratios, table, times
+from report import Cell, engine, ms, quickest, ratios, table, times
 
 SHAPES = {"distilbert-base": "DistilBERT-base", "minilm-l6": "MiniLM-L6"}
 CASES = {"b1-s16": "16", "b1-s32": "32", "b1-s128": "128", "b1-s384": "384", "b8-s128": "8 × 128"}
@@ -56,16 +55,11 @@ def columns(cell: Cell, variant: str) -> list[str]:
         and contestant.rsplit(", ", 1)[1] in (weights, "dense")
         and times(cell, contestant)
     ]
-    first = fastest(cell, rivals)
+    first = quickest(cell, rivals)
     texts = [ms(cell, own), f"{TITLES.get(engine(first), engine(first))} ({longer(cell, first, own)})"]
     if precision == "int8":
-        texts.append(f"({longer(cell, fastest(cell, [r for r in rivals if engine(r) == 'onnxruntime']), own)})")
+        texts.append(f"({longer(cell, quickest(cell, [r for r in rivals if engine(r) == 'onnxruntime']), own)})")
     return texts
-
-
-def fastest(cell: Cell, contestants: Iterable[str]) -> str:
-    """The one with the least median."""
-    return min(contestants, key=lambda contestant: median(times(cell, contestant)))
 
 
 def longer(cell: Cell, other: str, own: str) -> str:

@@ -87,7 +87,7 @@ def best(cells: Mapping[str, Cell]) -> list[list[str]]:
                 rivals = [c for c in cell if not c.startswith("whet") and c.rsplit(", ", 1)[1] in zeros]
                 rivals = [c for c in rivals if times(cell, c)]
                 if rivals:
-                    rival = min(rivals, key=lambda c: median(times(cell, c)))
+                    rival = quickest(cell, rivals)
                     rows.append([case, weights, ms(cell, own), rival, ms(cell, rival), *ratio(cell, rival, own)])
     return rows
 
@@ -109,6 +109,11 @@ def everyone(cells: Mapping[str, Cell]) -> list[list[str]]:
                 row.append(f"{ms(cell, contestant)} ({ratio(cell, contestant, own)[0]})")
         rows.append(row)
     return rows
+
+
+def quickest(cell: Cell, contestants: Iterable[str]) -> str:
+    """The one with the least median."""
+    return min(contestants, key=lambda contestant: median(times(cell, contestant)))
 
 
 def times(cell: Cell, contestant: str) -> list[float]:

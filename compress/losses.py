@@ -76,7 +76,7 @@ def label_loss(output: Tensor, batch: Batch, task: str) -> Tensor:
     It is the mean of the targets there are, times the share of the requests that have any.
     """
     target = batch["target"]
-    known = target.flatten(1) != IGNORED if target.dim() > 1 else target[:, None] != IGNORED
+    known = target.reshape(len(target), -1) != IGNORED
     if task == "question_answering":
         output = output.masked_fill(~batch["attention_mask"].bool()[..., None], -1e4).transpose(1, 2)
     if task != "sequence_classification":

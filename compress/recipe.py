@@ -19,6 +19,8 @@ else:
     import tomli as tomllib
 
 VERSION = 1
+FILE = "recipe.toml"
+"""Its name in the folder of what it made."""
 Task: TypeAlias = Literal["embedding", "sequence_classification", "token_classification", "question_answering"]
 Method: TypeAlias = Literal["reconstruct", "magnitude", "movement", "snip_momentum", "lock"]
 Budget: TypeAlias = Literal["layer", "global", "latency"]

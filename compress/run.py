@@ -23,14 +23,14 @@ from .folders import has_head
 from .hardware import device
 from .models import Encoder, load_encoder
 from .pruner import Pruner
-from .recipe import Recipe
+from .recipe import FILE, Recipe
 from .scores import Scorer
 from .sensitivity import Curve, measure_sensitivity
 from .train import append, train
 
 CALIBRATION_TOKENS = 1 << 17
 """What calibrates pruning is at most so many tokens: all that layers make of them stays in memory."""
-RECIPE, LOG, CHECKPOINT = "recipe.toml", "training.jsonl", "checkpoint.safetensors"
+LOG, CHECKPOINT = "training.jsonl", "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def run_recipe(
     folder = work / "model"
     with progress.phase("save"):
         student.save(folder)
-        shutil.copy(work / RECIPE, folder / RECIPE)
+        shutil.copy(work / FILE, folder / FILE)
         if (work / LOG).exists():
             shutil.copy(work / LOG, folder / LOG)
     took = time.perf_counter() - began
@@ -116,15 +116,14 @@ def _open_work(recipe: Recipe, output: Path) -> Path:
     if output.exists():
         raise FileExistsError(f"{output} exists; name another folder, or remove it")
     work = work_folder(output)
-    if work.exists() and (work / RECIPE).is_file():
-        if (work / RECIPE).read_text(encoding="utf-8") != recipe.to_toml():
+    if work.exists() and (work / FILE).is_file():
+        if (work / FILE).read_text(encoding="utf-8") != recipe.to_toml():
             raise FileExistsError(
-                f"{work} holds an unfinished run of another recipe; finish it with --recipe {work / RECIPE}, "
-                "or remove it"
+                f"{work} holds an unfinished run of another recipe; finish it with --recipe {work / FILE}, or remove it"
             )
         return work
     work.mkdir(parents=True, exist_ok=True)
-    (work / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+    (work / FILE).write_text(recipe.to_toml(), encoding="utf-8")
     return work
 
 

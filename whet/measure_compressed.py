@@ -17,7 +17,7 @@ import numpy as np
 from whet.bench import interleave, random_inputs
 from whet.compiler import Precision, Report, compile
 from whet.compress.folders import has_head
-from whet.compress.recipe import Recipe
+from whet.compress.recipe import FILE, Recipe
 from whet.compression_report import RESULTS, CompressionReport, Measured
 from whet.datasets import Dataset, LabelledText, Question, Row, ScoredPair, TaggedWords, Text, read_dataset
 from whet.evaluate import evaluate
@@ -35,7 +35,6 @@ SECONDS = 1.0
 """Timed seconds of each module at each length."""
 CALIBRATION = 256
 """Training texts that the int8 scales are calibrated with."""
-RECIPE = "recipe.toml"
 
 
 def measure_folder(
@@ -64,10 +63,10 @@ def measure_folder(
     from whet.compress.data import examples_of, texts_of  # noqa: PLC0415
 
     folder = Path(folder)
-    for name in (RECIPE, RESULTS):
+    for name in (FILE, RESULTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; expected a folder that whet compress made")
-    recipe = Recipe.read(folder / RECIPE)
+    recipe = Recipe.read(folder / FILE)
     report = CompressionReport.from_json((folder / RESULTS).read_text(encoding="utf-8"))
     training, development = examples_of(recipe)
     rows = rows_to_score(recipe, test, test_format) if test is not None else _rows(development)

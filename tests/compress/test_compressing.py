@@ -91,28 +91,10 @@ def test_a_tagger_is_scored_by_its_tags(tmp_path, capsys):
     ]
     data = tmp_path / "tags.conll"
     data.write_text("\n\n".join(rows), encoding="utf-8")
-    command = [
-        "compress",
-        make_model(tmp_path / "m"),
-        "--task",
-        "token_classification",
-        "--data",
-        data,
-        "--sparsity",
-        0,
-    ]
-    command += [
-        "--steps",
-        40,
-        "--set",
-        "training.learning_rate=0.003",
-        "--test",
-        data,
-        "-o",
-        tmp_path / "out",
-        "--json",
-    ]
-    assert cli.main([str(word) for word in command]) == 0
+    model, out = make_model(tmp_path / "m"), tmp_path / "out"
+    command = f"compress {model} --task token_classification --data {data} --test {data} --sparsity 0 --steps 40 "
+    command += f"--set training.learning_rate=0.003 -o {out} --json"
+    assert cli.main(command.split()) == 0
     (tuned,) = json.loads(capsys.readouterr().out)["measured"]
     assert tuned["model"] == "fine-tuned" and tuned["scores"]["accuracy"] > 0.9 and tuned["scores"]["f1"] > 90
 
